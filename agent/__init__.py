@@ -1,0 +1,1 @@
+"""Bootwright: prepares the disks of virtual machines on a KVM host, and boots them."""

@@ -1,0 +1,89 @@
+"""What the backends that keep a disk in one file have in common.
+
+Where the file stands, whether it is there already, and how it goes away.
+"""
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Final
+
+from agent.base import Base
+from agent.disk import Disk
+from agent.errors import BackendError
+from agent.files import fsync_directory
+
+# Not hidden either: such names belong to files that are being written.
+_NAME: Final = re.compile(r"[a-z][a-z0-9.]*")
+
+
+def path_of(instance_dir: Path, name: str) -> Path:
+    """Return where the disk `name` of an instance stands.
+
+    Raises:
+        BackendError: `name` is not the name of a file in that directory.
+    """
+    if not _NAME.fullmatch(name):
+        raise BackendError(f"{name!r} is not the name of a disk in {instance_dir}")
+    return instance_dir / name
+
+
+def check_holds(virtual_size: int, base: Base) -> None:
+    """Raises: BackendError, if a disk of that many bytes cannot hold `base`."""
+    if virtual_size < base.virtual_size:
+        raise BackendError(
+            f"a disk of {virtual_size} bytes cannot hold the {base.virtual_size} bytes of "
+            f"base {base.name}",
+            "ask for a larger disk",
+        )
+
+
+def check_grows(disk: Disk, virtual_size: int) -> None:
+    """Raises: BackendError, if `disk` would lose bytes."""
+    if virtual_size < disk.virtual_size:
+        raise BackendError(
+            f"{disk.path} has {disk.virtual_size} bytes and would shrink to {virtual_size}",
+            "disks only ever grow: what is beyond the end would be lost",
+        )
+
+
+def exists(disk: Disk) -> bool:
+    """Whether the disk is there.
+
+    Raises:
+        BackendError: something is there that is not a disk.
+    """
+    try:
+        mode = disk.path.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(mode):
+        raise BackendError(
+            f"{disk.path} is in the way: it is not a regular file",
+            "look what put it there and remove it by hand",
+        )
+    return True
+
+
+def remove(disk: Disk, instance_dir: Path) -> None:
+    """Remove the disk's file durably. The contract is that of `Backend.remove`."""
+    if disk.path != path_of(instance_dir, disk.path.name):
+        raise BackendError(f"{disk.path} is not in {instance_dir} and was not removed")
+    # By its name in the opened directory: neither a link put in place of the
+    # directory nor one in place of the file leads anywhere else.
+    try:
+        directory = os.open(instance_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise BackendError(f"removing {disk.path}: {e.strerror}") from e
+    try:
+        os.unlink(disk.path.name, dir_fd=directory)
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise BackendError(f"removing {disk.path}: {e.strerror}") from e
+    finally:
+        os.close(directory)
+    fsync_directory(instance_dir)

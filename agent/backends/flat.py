@@ -1,0 +1,84 @@
+"""Disks as plain files: a raw copy of the base, shared extents where the file system can.
+
+Kernels and ramdisks are made by this backend whatever `images_type` is, and
+so are ephemeral and swap disks: a sparse raw file is what mkfs formats
+directly, and standing on no base it has nothing to gain from being an overlay.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from agent import files
+from agent.backends import disk_file
+from agent.base import Base
+from agent.cancellation import Cancellation
+from agent.disk import Disk
+from agent.errors import BackendError
+from agent.report import Role
+
+
+class Flat:
+    """See `Backend`."""
+
+    def plan(
+        self, instance_dir: Path, role: Role, name: str, base: Base | None, virtual_size: int
+    ) -> Disk:
+        if base is not None:
+            disk_file.check_holds(virtual_size, base)
+            if base.format != "raw":
+                raise BackendError(
+                    f"base {base.name} is {base.format}, and a flat disk is a copy of a raw one",
+                    "set force_raw_images = true and fetch the image anew, or use images_type "
+                    "qcow2",
+                )
+        return Disk(
+            role=role,
+            path=disk_file.path_of(instance_dir, name),
+            format="raw",
+            virtual_size=virtual_size,
+            base_name=None if base is None else base.name,
+        )
+
+    def prepare(self, disk: Disk, base: Base, cancellation: Cancellation) -> None:
+        cancellation.check()
+        try:
+            if not disk_file.exists(disk):
+                files.copy_sparse(base.path, disk.path, cancellation=cancellation)
+            # Also for one that exists: a crash may have come between the two.
+            if disk.path.lstat().st_size < disk.virtual_size:
+                _lengthen(disk.path, disk.virtual_size)
+        except OSError as e:
+            raise BackendError(f"copying base {base.name} to {disk.path}: {e.strerror}") from e
+
+    def create_empty(self, disk: Disk) -> None:
+        if disk_file.exists(disk):
+            return
+        try:
+            with files.replacing(disk.path, needed=0, what="creating") as fd:
+                os.ftruncate(fd, disk.virtual_size)
+        except OSError as e:
+            raise BackendError(f"creating {disk.path}: {e.strerror}") from e
+
+    def grow(self, disk: Disk, virtual_size: int) -> Disk:
+        disk_file.check_grows(disk, virtual_size)
+        try:
+            # The file itself has the last word: ftruncate would cut it.
+            found = dataclasses.replace(disk, virtual_size=disk.path.lstat().st_size)
+            disk_file.check_grows(found, virtual_size)
+            _lengthen(disk.path, virtual_size)
+        except OSError as e:
+            raise BackendError(f"growing {disk.path} to {virtual_size} bytes: {e.strerror}") from e
+        return dataclasses.replace(disk, virtual_size=virtual_size)
+
+    def remove(self, disk: Disk, instance_dir: Path) -> None:
+        disk_file.remove(disk, instance_dir)
+
+
+def _lengthen(path: Path, size: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+    finally:
+        os.close(fd)

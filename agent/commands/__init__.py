@@ -1,0 +1,1 @@
+"""The commands of `bootwright`, a module for each group; `agent.cli` loads the one in use."""

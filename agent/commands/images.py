@@ -1,0 +1,181 @@
+"""`bootwright image …` and `bootwright cache …`."""
+
+from typing import BinaryIO
+
+import click
+
+from agent.commands.command import Group, Invocation, invocation
+from agent.commands.output import emit, instant, pairs, rows, size
+from agent.commands.waiting import conclude, wait
+from agent.report import JobReport
+from agent.views import CacheStatus, Fetch, ImageEntry
+
+
+@click.group(cls=Group)
+def image() -> None:
+    """Images, and the cache of them on this host."""
+
+
+@image.command()
+@click.argument("image_ids", metavar="ID...", nargs=-1, required=True)
+@click.option(
+    "--wait/--no-wait", "waits", default=True, help="Wait for the end, or print the jobs' ids."
+)
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Seconds to wait.")
+@invocation
+def fetch(
+    call: Invocation, image_ids: tuple[str, ...], *, waits: bool, timeout: float | None
+) -> None:
+    """Fetch images into the cache before they are needed."""
+    with call.client() as client:
+        reports = [client.fetch_image(image_id) for image_id in image_ids]
+        if waits:
+            reports = wait(client, [report.id for report in reports], timeout)
+    emit(call, {"jobs": reports}, lambda: _print_fetches(reports))
+    if waits:
+        conclude(reports)
+
+
+@image.command("list")
+@invocation
+def list_(call: Invocation) -> None:
+    """List the images this host knows."""
+    with call.client() as client:
+        images = client.images()
+    emit(
+        call,
+        {"images": images},
+        lambda: rows(
+            ("ID", "NAME", "STATE", "VIRTUAL SIZE", "ON DISK", "INSTANCES", "LAST USED"),
+            (
+                (
+                    entry.id,
+                    entry.name,
+                    entry.state,
+                    size(entry.virtual_size),
+                    size(entry.disk_usage),
+                    len(entry.instances) or "",
+                    instant(entry.last_used_at),
+                )
+                for entry in images
+            ),
+        ),
+    )
+
+
+@image.command()
+@click.argument("image_id", metavar="ID")
+@invocation
+def show(call: Invocation, image_id: str) -> None:
+    """Show one image."""
+    with call.client() as client:
+        entry = client.image(image_id)
+    emit(call, entry, lambda: _print(entry))
+
+
+@image.command()
+@click.argument("file", type=click.File("rb"))
+@click.option(
+    "--disk-format", required=True, metavar="F", help="What the file is: raw, qcow2, aki, ari …"
+)
+@click.option("--name", metavar="N", help="Name of the image.")
+@click.option(
+    "--property", "properties", multiple=True, metavar="K=V", help="May be given several times."
+)
+@click.option("--id", "image_id", metavar="UUID", help="Id of the image; made up if not given.")
+@invocation
+def add(
+    call: Invocation,
+    file: BinaryIO,
+    *,
+    disk_format: str,
+    name: str | None,
+    properties: tuple[str, ...],
+    image_id: str | None,
+) -> None:
+    """Register a file in the local directory image source."""
+    with call.client() as client:
+        entry = client.add_image(
+            file, disk_format=disk_format, name=name, image_id=image_id, properties=properties
+        )
+    emit(call, entry, lambda: click.echo(entry.id))
+
+
+@image.command()
+@click.argument("image_id", metavar="ID")
+@invocation
+def remove(call: Invocation, image_id: str) -> None:
+    """Remove an image from the cache; one that an instance stands on stays."""
+    with call.client() as client:
+        client.remove_image(image_id)
+    emit(call, {"removed": image_id}, lambda: click.echo(f"{image_id} removed", err=True))
+
+
+@click.group(cls=Group)
+def cache() -> None:
+    """The image cache as a whole."""
+
+
+@cache.command()
+@invocation
+def status(call: Invocation) -> None:
+    """Show how much there is in the cache, and what is on its way."""
+    with call.client() as client:
+        cache_status = client.cache()
+    emit(call, cache_status, lambda: pairs(cache_lines(cache_status)))
+
+
+def cache_lines(cache_status: CacheStatus) -> list[tuple[str, object]]:
+    """The cache as people read it."""
+    return [
+        ("cache", cache_status.directory),
+        ("images", cache_status.entries),
+        ("on disk", size(cache_status.disk_usage)),
+        ("free", size(cache_status.free_space)),
+        *(
+            (
+                f"fetching {fetch.image_id}",
+                _so_far(fetch),
+            )
+            for fetch in cache_status.fetching
+        ),
+    ]
+
+
+def _so_far(fetch: Fetch) -> str:
+    total = size(fetch.bytes_total) or "unknown"
+    return f"{size(fetch.bytes_done)} of {total}, {size(fetch.rate)}/s, {fetch.waiters} waiting"
+
+
+def _print_fetches(reports: list[JobReport]) -> None:
+    rows(
+        ("JOB", "IMAGE", "STATUS", "FROM"),
+        (
+            (
+                report.id,
+                report.image.id if report.image else "",
+                report.status,
+                report.image.source if report.image else "",
+            )
+            for report in reports
+        ),
+    )
+
+
+def _print(entry: ImageEntry) -> None:
+    pairs(
+        [
+            ("id", entry.id),
+            ("name", entry.name),
+            ("state", entry.state),
+            ("source", entry.source),
+            ("path", entry.path),
+            ("format", entry.format),
+            ("virtual size", size(entry.virtual_size)),
+            ("on disk", size(entry.disk_usage)),
+            ("digest", entry.digest),
+            ("committed", instant(entry.committed_at)),
+            ("last used", instant(entry.last_used_at)),
+            *(("instance", uuid) for uuid in entry.instances),
+        ]
+    )

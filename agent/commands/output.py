@@ -1,0 +1,94 @@
+"""Results on standard output: one JSON or YAML document, or a table for people."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Final
+
+import click
+import yaml
+from pydantic import BaseModel
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from agent.commands.command import Format, Invocation
+
+_PIPE_WIDTH: Final = 10_000
+"""Columns on a pipe: programs that read tables want no line broken."""
+
+
+def emit(invocation: Invocation, document: object, table: Callable[[], None]) -> None:
+    """Print `document` (models, mappings, lists, scalars) in the chosen format, or call `table`."""
+    match invocation.format:
+        case Format.TABLE:
+            table()
+        case Format.JSON:
+            click.echo(json.dumps(_plain(document), indent=2, ensure_ascii=False))
+        case Format.YAML:
+            click.echo(
+                yaml.safe_dump(_plain(document), sort_keys=False, allow_unicode=True), nl=False
+            )
+
+
+def rows(headers: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+    """Print a table with a header."""
+    table = Table(
+        *(escape(name) for name in headers), box=None, pad_edge=False, header_style="bold"
+    )
+    for column in table.columns:
+        column.overflow = "fold"
+    for line in lines:
+        table.add_row(*(escape(_text(cell)) for cell in line))
+    _console().print(table)
+
+
+def pairs(lines: Iterable[tuple[str, object]]) -> None:
+    """Print `name  value`, a line each; those without a value are left out."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines:
+        if text := _text(value):
+            table.add_row(escape(name), escape(text))
+    _console().print(table)
+
+
+def size(count: float | None) -> str:
+    """Bytes as people read them."""
+    if count is None:
+        return ""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def instant(epoch: float | None) -> str:
+    """A time as people of this place read it."""
+    if epoch is None:
+        return ""
+    return datetime.fromtimestamp(epoch).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _console() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _plain(value: object) -> object:
+    match value:
+        case BaseModel():
+            return value.model_dump(mode="json")
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return value

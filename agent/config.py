@@ -1,0 +1,361 @@
+"""The configuration files: read, checked, and turned into `Settings`.
+
+Which options there are is written in `agent.options`. oslo.config's global
+object is the default because the privileged helper reads from it too.
+"""
+
+import difflib
+import io
+import ipaddress
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import keystoneauth1.exceptions
+from keystoneauth1 import loading
+from oslo_config import cfg, generator, types
+
+from agent import config_files, options
+from agent.config_files import Assignment, ConfigError
+from agent.job import GuestFormat, ImagesType
+from agent.options import list_opts
+from agent.settings import (
+    ApiSettings,
+    GlanceSettings,
+    ImageCacheSettings,
+    ImageSourceName,
+    ImagesSettings,
+    LibvirtSettings,
+    QemuImgSettings,
+    Settings,
+)
+
+__all__ = ["ConfigError", "Configuration", "Value", "list_opts", "load", "sample"]
+
+LOG = logging.getLogger(__name__)
+
+_LONGEST_SOCKET_PATH: Final = 107
+"""Bytes, without the final NUL: unix(7)."""
+
+_MASK: Final = "***"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Value:
+    """One option as it is in effect; secrets are masked."""
+
+    section: str
+    name: str
+    value: str
+    origin: str
+    """The file it was read from, `environment`, or `default`."""
+
+
+def load(
+    files: Sequence[str] = (),
+    directories: Sequence[str] = (),
+    *,
+    conf: cfg.ConfigOpts = cfg.CONF,
+) -> Settings:
+    """Read the files, log a warning for each unknown option, return the settings.
+
+    Raises:
+        ConfigError: a file cannot be read, or a value is out of its range.
+    """
+    configuration = Configuration(files, directories, conf=conf)
+    for warning in configuration.warnings():
+        LOG.warning("%s", warning)
+    return configuration.settings()
+
+
+class Configuration:
+    """The configuration files as read; values are checked when asked for."""
+
+    def __init__(
+        self,
+        files: Sequence[str] = (),
+        directories: Sequence[str] = (),
+        *,
+        conf: cfg.ConfigOpts = cfg.CONF,
+    ) -> None:
+        """Read `files`, then every .conf file in `directories` by name; the last word counts.
+
+        If both are empty, the default file and directory are read where they exist.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        found = config_files.find(files, directories)
+        self._assignments = [line for file in found for line in config_files.assignments(file)]
+        self._conf = conf
+        self._known = options.declared()
+        for section, opts in self._known.items():
+            conf.register_opts(opts, group=_group(section))
+        config_files.parse(conf, found)
+        self._register_auth_plugin()
+
+    def warnings(self) -> list[str]:
+        """A sentence for each section or option nobody knows, with the nearest that is known."""
+        known = {section: _names(opts) for section, opts in self._known.items()}
+        found: dict[str, None] = {}
+        for line in self._assignments:
+            if line.section not in known:
+                near = _nearest(line.section, known, "[{}]")
+                found[f"{line.file}: unknown section [{line.section}]{near}"] = None
+            elif line.key not in known[line.section]:
+                near = _nearest(line.key, known[line.section], "{}") or _other_section(
+                    line.key, known
+                )
+                found[f"{line.file}: [{line.section}] unknown option {line.key}{near}"] = None
+        return list(found)
+
+    def problems(self) -> list[str]:
+        """A sentence for each value that cannot be used; empty if the agent would start."""
+        try:
+            self.settings()
+        except ConfigError as e:
+            return list(e.problems)
+        return []
+
+    def settings(self) -> Settings:
+        """Return the values for the components.
+
+        Raises:
+            ConfigError: naming every value that is out of its range.
+        """
+        if problems := list(self._bad_values()):
+            raise ConfigError(*problems)
+        conf = self._conf
+        source = ImageSourceName(conf.images.source)
+        default_type = ImagesType.QCOW2 if conf.use_cow_images else ImagesType.RAW
+        cache_modes = dict(mode.split("=", 1) for mode in conf.libvirt.disk_cachemodes)
+        return Settings(
+            debug=conf.debug,
+            instances_path=Path(conf.instances_path),
+            state_path=Path(conf.state_path),
+            max_concurrent_builds=conf.max_concurrent_builds,
+            default_ephemeral_format=GuestFormat(conf.default_ephemeral_format),
+            drain_timeout_s=float(conf.drain_timeout),
+            libvirt=LibvirtSettings(
+                connection_uri=conf.libvirt.connection_uri,
+                virt_type=conf.libvirt.virt_type,
+                images_type=(
+                    default_type
+                    if conf.libvirt.images_type == "default"
+                    else ImagesType(conf.libvirt.images_type)
+                ),
+                cache_mode=cache_modes.get("file", "default"),
+                discard=conf.libvirt.hw_disk_discard,
+            ),
+            images=ImagesSettings(
+                source=source,
+                directory=Path(conf.images.directory),
+                glance=self._glance() if source is ImageSourceName.GLANCE else None,
+            ),
+            image_cache=ImageCacheSettings(
+                directory=Path(conf.instances_path, conf.image_cache.subdirectory_name),
+                require_hash=conf.image_cache.require_hash,
+                max_concurrent_fetches=conf.image_cache.max_concurrent_fetches,
+            ),
+            qemu_img=QemuImgSettings(
+                cpu_time_s=conf.libvirt.images_cpu_time_limit,
+                address_space=conf.libvirt.images_address_space_limit << 30,
+                timeout_s=float(conf.qemu_img.timeout),
+            ),
+            api=ApiSettings(
+                socket=Path(conf.api.socket),
+                socket_group=conf.api.socket_group,
+                metrics_listen=self._metrics_listen(),
+            ),
+        )
+
+    def effective(self) -> list[Value]:
+        """Every option, its value as text and where that comes from; secrets are masked.
+
+        Raises:
+            ConfigError: a value cannot be read.
+        """
+        if problems := list(self._bad_values()):
+            raise ConfigError(*problems)
+        return [
+            Value(
+                section=section,
+                name=opt.dest,
+                value=self._text(section, opt),
+                origin=self._origin(section, opt),
+            )
+            for section, opts in self._known.items()
+            for opt in opts
+        ]
+
+    def _glance(self) -> GlanceSettings:
+        glance = self._conf.glance
+        if not glance.endpoint_override and glance.auth_type in (None, "none"):
+            raise ConfigError(
+                "[glance] the image service is nowhere to be found: set endpoint_override to "
+                "its URL, or auth_type, auth_url and credentials to find it in the service "
+                "catalog; or use local images with source = directory in [images]"
+            )
+        try:
+            auth = loading.load_auth_from_conf_options(self._conf, "glance")
+        except keystoneauth1.exceptions.MissingRequiredOptions as e:
+            missing = ", ".join(opt.dest for opt in e.options)
+            raise ConfigError(
+                f"[glance] auth_type = {glance.auth_type} also needs {missing}"
+            ) from e
+        return GlanceSettings(
+            session=loading.load_session_from_conf_options(self._conf, "glance", auth=auth),
+            endpoints=tuple(glance.endpoint_override or ()),
+            service_type=glance.service_type,
+            service_name=glance.service_name,
+            interfaces=tuple(glance.valid_interfaces or ()),
+            region_name=glance.region_name,
+            num_retries=glance.num_retries,
+            timeout_s=glance.timeout,
+            stall_timeout_s=glance.stall_timeout,
+        )
+
+    def _metrics_listen(self) -> tuple[str, int] | None:
+        listen = self._conf.api.metrics_listen
+        if listen is None:
+            return None
+        host, _, port = listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    def _register_auth_plugin(self) -> None:
+        """Make known what only keystoneauth's plugin knows."""
+        auth_type = self._conf.glance.auth_type
+        if auth_type is None:
+            return
+        section = self._conf.glance.auth_section or "glance"
+        try:
+            opts = options.auth_plugin(auth_type)
+        except keystoneauth1.exceptions.NoMatchingPlugin as e:
+            known = sorted(loading.get_available_plugin_names())
+            near = _nearest(auth_type, known, "{}")
+            raise ConfigError(
+                f"{self._file_of('glance', 'auth_type')}: [glance] auth_type = {auth_type}: "
+                f"no such plugin{near}; there are {', '.join(known)}"
+            ) from e
+        self._conf.register_opts(opts, group=section)
+        self._known[section] = [*self._known.get(section, []), *opts]
+
+    def _bad_values(self) -> Iterator[str]:
+        for section, opts in self._known.items():
+            for opt in opts:
+                try:
+                    value = self._value(section, opt)
+                    problem = _semantic_problem(section, opt, value)
+                except (ValueError, cfg.TemplateSubstitutionError) as e:
+                    problem = _rule(opt) or str(e)
+                if problem:
+                    given = self._given(section, opt)
+                    yield (
+                        f"{self._file_of(section, opt.dest)}: [{section}] {opt.dest} = {given}: "
+                        f"{problem}"
+                    )
+
+    def _value(self, section: str, opt: cfg.Opt) -> object:
+        value: object = (
+            self._conf[opt.dest] if section == "DEFAULT" else self._conf[section][opt.dest]
+        )
+        return value
+
+    def _text(self, section: str, opt: cfg.Opt) -> str:
+        value = self._value(section, opt)
+        if value is None:
+            return ""
+        if opt.secret:
+            return _MASK
+        if isinstance(value, list | tuple):
+            return ",".join(map(str, value))
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    def _origin(self, section: str, opt: cfg.Opt) -> str:
+        place = self._conf.get_location(opt.dest, _group(section))
+        if place is None or not place.location.is_user_controlled:
+            return "default"
+        return str(place.detail) if place.location is cfg.Locations.user else "environment"
+
+    def _last(self, section: str, key: str) -> Assignment | None:
+        lines = [line for line in self._assignments if (line.section, line.key) == (section, key)]
+        return lines[-1] if lines else None
+
+    def _given(self, section: str, opt: cfg.Opt) -> str:
+        line = self._last(section, opt.dest)
+        return _MASK if opt.secret else line.value if line else "(see there)"
+
+    def _file_of(self, section: str, key: str) -> str:
+        line = self._last(section, key)
+        return line.file if line else f"environment variable OS_{section.upper()}__{key.upper()}"
+
+
+def sample() -> str:
+    """Return a configuration file with every option, commented out, and its explanation."""
+    conf = cfg.ConfigOpts()
+    generator.register_cli_opts(conf)
+    conf(["--namespace", "bootwright"], default_config_files=[])
+    output = io.StringIO()
+    generator.generate(conf, output)
+    return output.getvalue()
+
+
+def _group(section: str) -> str | None:
+    """oslo.config's name of a section in calls."""
+    return None if section == "DEFAULT" else section
+
+
+def _names(opts: Iterable[cfg.Opt]) -> set[str]:
+    names = set()
+    for opt in opts:
+        names.add(opt.dest)
+        names.update(old.name for old in opt.deprecated_opts if old.name)
+    return names
+
+
+def _nearest(name: str, known: Iterable[str], form: str) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {form.format(near[0])}?" if near else ""
+
+
+def _other_section(key: str, known: dict[str, set[str]]) -> str:
+    homes = sorted(section for section, names in known.items() if key in names)
+    return f"; it belongs in [{homes[0]}]" if homes else ""
+
+
+def _rule(opt: cfg.Opt) -> str | None:
+    """What a value has to be, if the option's type says it completely."""
+    match opt.type:
+        case types.Boolean():
+            rule = "must be true or false"
+        case types.Integer(min=int(low), max=int(high)):
+            rule = f"must be a whole number from {low} to {high}"
+        case types.Float(min=float(low), max=float(high)):
+            rule = f"must be a number from {low:g} to {high:g}"
+        case types.String(choices=choices) if choices:
+            rule = f"must be one of {', '.join(map(str, choices))}"
+        case types.String(regex=regex) if regex is not None:
+            rule = f"does not fit. {opt.help}"
+        case types.List():
+            rule = f"does not fit. {opt.help}"
+        case _:
+            return None
+    return rule
+
+
+def _semantic_problem(section: str, opt: cfg.Opt, value: object) -> str | None:
+    """What is wrong with a value of the right type."""
+    match (section, opt.dest, value):
+        case ("api", "socket", str(path)) if len(path.encode()) > _LONGEST_SOCKET_PATH:
+            return f"is {len(path.encode())} bytes long, the kernel takes {_LONGEST_SOCKET_PATH}"
+        case ("api", "metrics_listen", str(listen)):
+            host, _, port = listen.rpartition(":")
+            try:
+                ipaddress.ip_address(host.strip("[]"))
+            except ValueError as e:
+                return str(e)
+            return None if 0 < int(port) <= 65535 else "must have a port from 1 to 65535"
+        case _:
+            return None

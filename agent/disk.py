@@ -1,0 +1,50 @@
+"""A disk as a value: what a backend gives one instance in one role.
+
+Decided before anything is made, written to `instance.json` before the first
+byte of it exists, and never learned by looking into a file that a guest can
+write.
+"""
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.report import Role
+
+
+class DiskType(enum.StrEnum):
+    """libvirt's `<disk type=…>`."""
+
+    FILE = "file"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """One file below a disk: what it stands on."""
+
+    path: Path
+    format: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disk:
+    """`virtual_size` is bytes and exact: what the guest sees."""
+
+    role: Role
+    path: Path
+    format: str
+    """QEMU's name: raw, qcow2."""
+    virtual_size: int
+    type: DiskType = DiskType.FILE
+    device: str = "disk"
+    """libvirt's: disk or cdrom."""
+    bus: str | None = None
+    """virtio, scsi, sata …; None for kernel and ramdisk."""
+    device_name: str | None = None
+    """vda, sda …; None for kernel and ramdisk."""
+    serial: str | None = None
+    boot_index: int | None = None
+    read_only: bool = False
+    base_name: str | None = None
+    """The base in the image cache it stands on or was copied from."""
+    backing_chain: tuple[Link, ...] = ()

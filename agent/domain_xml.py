@@ -1,0 +1,360 @@
+"""The domain: what libvirt is told about one instance, as XML.
+
+`build` writes a whole domain, `fill_template` puts an instance's disks into the
+domain its owner wrote. Every disk names its format and every file below it, so
+that neither libvirt nor QEMU ever looks into a file that a guest can write to
+find out what it is. Knows nothing of a running libvirt.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, assert_never, cast
+
+from lxml import etree
+
+from agent.disk import Disk, DiskType
+from agent.errors import InvalidJob
+from agent.hardware import Bus, Firmware, Hardware
+from agent.job import Network
+from agent.report import Role
+
+NAMESPACE: Final = "urn:bootwright:domain:1"
+"""Of the element in `<metadata>` by which a domain tells whose it is."""
+
+# As much as the job's schema lets through. libxml2's own limits on depth and
+# on single texts stay in force below that.
+_TEMPLATE_LIMIT: Final = 1 << 20
+
+_TEMPLATE_HINT: Final = "correct libvirt.domain_xml of the job; try it with virt-xml-validate"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainSpec:
+    """All that a domain's XML says."""
+
+    uuid: str
+    name: str
+    job_id: str
+    image_id: str
+    image_digest: str | None
+    """`algorithm:hex`."""
+    virt_type: str
+    """kvm or qemu."""
+    vcpus: int
+    ram_mib: int
+    disks: tuple[Disk, ...]
+    """With bus and device name; kernel and ramdisk among them are for `kernel` and `ramdisk`."""
+    kernel: Path | None = None
+    ramdisk: Path | None = None
+    command_line: str | None = None
+    """The kernel's; None for one that mounts the root disk and talks to the serial console."""
+    networks: tuple[Network, ...] = ()
+    console_log: Path
+    """Receives what the guest writes to its first serial port."""
+    hardware: Hardware
+    cache_mode: str
+    """libvirt's: none, writeback …"""
+    discard: str
+    """libvirt's: unmap or ignore."""
+
+
+def build(spec: DomainSpec) -> str:
+    """Return the XML of a domain that is all ours.
+
+    Raises:
+        InvalidJob: a text in it cannot be written in XML.
+    """
+    domain = etree.Element("domain", type=spec.virt_type)
+    _identify(domain, spec)
+    _size(domain, spec)
+    os = _add(domain, "os", firmware="efi" if spec.hardware.firmware is Firmware.UEFI else None)
+    _add(os, "type", "hvm", machine=spec.hardware.machine)
+    if spec.hardware.firmware is Firmware.UEFI:
+        # Left alone, libvirt may choose a firmware that refuses every kernel
+        # Microsoft has not signed.
+        _add(_add(os, "firmware"), "feature", enabled="no", name="secure-boot")
+    _kernel(os, spec)
+    features = _add(domain, "features")
+    _add(features, "acpi")
+    _add(features, "apic")
+    # Under TCG host-model describes a host that is not there; maximum is all
+    # that the emulator can do, and guests built for x86-64-v2 need that.
+    _add(domain, "cpu", mode="host-model" if spec.virt_type == "kvm" else "maximum")
+    clock = _add(domain, "clock", offset="utc")
+    _add(clock, "timer", name="pit", tickpolicy="delay")
+    _add(clock, "timer", name="rtc", tickpolicy="catchup")
+    _add(clock, "timer", name="hpet", present="no")
+    devices = _add(domain, "devices")
+    _controllers(devices, spec)
+    for disk in _attached(spec):
+        _describe(_add(devices, "disk"), disk, spec)
+    for network in spec.networks:
+        _interface(devices, network, spec)
+    _console(devices, spec)
+    _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
+    _add(devices, "memballoon", model="virtio")
+    return _text(domain)
+
+
+def fill_template(xml: str, spec: DomainSpec) -> str:
+    """Return the domain of `xml` with the instance's disks in it.
+
+    All that the template says stays. What it leaves out is filled in: name,
+    uuid, size, type of machine, kernel, network cards, serial console. A
+    `<disk>` that has the target of one of our disks and no source of its own
+    becomes that disk, with whatever else it says (`<iotune>`, `<driver io=…>`);
+    disks that have no such place are added.
+
+    Raises:
+        InvalidJob: it is no domain, or contradicts the job; with the line.
+    """
+    domain = _parse(xml)
+    if "type" not in domain.attrib:
+        domain.set("type", spec.virt_type)
+    _agree(domain, "name", spec.name)
+    _agree(domain, "uuid", spec.uuid)
+    _identify(domain, spec)
+    _size(domain, spec)
+    os = _child(domain, "os")
+    if os.find("type") is None:
+        _add(os, "type", "hvm", machine=spec.hardware.machine)
+    _kernel(os, spec)
+    devices = _child(domain, "devices")
+    places = _places(devices)
+    if not devices.xpath("controller[@type='scsi']"):
+        _controllers(devices, spec)
+    for disk in _attached(spec):
+        place = places.get(disk.device_name or "")
+        _describe(_add(devices, "disk") if place is None else place, disk, spec)
+    if devices.find("interface") is None:
+        for network in spec.networks:
+            _interface(devices, network, spec)
+    if devices.find("serial") is None and devices.find("console") is None:
+        _console(devices, spec)
+    return _text(domain)
+
+
+def _parse(xml: str) -> etree._Element:
+    if len(xml) > _TEMPLATE_LIMIT:
+        raise InvalidJob(
+            f"the domain template has {len(xml)} characters, {_TEMPLATE_LIMIT} are allowed",
+            _TEMPLATE_HINT,
+        )
+    # A domain needs no document type, and everything dangerous in XML (entities
+    # that grow, that read files, that call hosts) is declared in one.
+    before, doctype, _ = xml.partition("<!DOCTYPE")
+    if doctype:
+        raise _wrong(before.count("\n") + 1, "a document type (<!DOCTYPE …>) is not allowed")
+    parser = etree.XMLParser(
+        # Over a declared encoding: what was searched above is what is parsed.
+        encoding="utf-8",
+        resolve_entities=False,
+        no_network=True,
+        load_dtd=False,
+        huge_tree=False,
+        remove_blank_text=True,
+    )
+    try:
+        root = etree.fromstring(xml.encode(errors="surrogatepass"), parser)
+    except etree.XMLSyntaxError as e:
+        raise _wrong(e.lineno or 1, e.msg or "it is not XML") from e
+    if root.tag != "domain":
+        raise _wrong(_line(root), f"it describes a <{root.tag}>, not a <domain>")
+    return root
+
+
+def _wrong(line: int, what: str) -> InvalidJob:
+    return InvalidJob(f"the domain template, line {line}: {what}", _TEMPLATE_HINT)
+
+
+def _line(element: etree._Element) -> int:
+    # lxml-stubs leave this one attribute without a type.
+    return cast("int | None", element.sourceline) or 1
+
+
+def _agree(domain: etree._Element, tag: str, value: str) -> None:
+    """A template may repeat who the instance is, not say otherwise."""
+    element = domain.find(tag)
+    given = "" if element is None else (element.text or "").strip()
+    if element is not None and given.lower() != value.lower():
+        raise _wrong(
+            _line(element), f"<{tag}> is {given!r:.80}, but the instance's {tag} is {value!r}"
+        )
+
+
+def _places(devices: etree._Element) -> Mapping[str, etree._Element]:
+    """The template's disks by the name of their device."""
+    places: dict[str, etree._Element] = {}
+    for element in devices.findall("disk"):
+        target = element.find("target")
+        name = None if target is None else target.get("dev")
+        if name is None:
+            continue
+        if name in places:
+            raise _wrong(_line(element), f"{name} is the target of two disks")
+        places[name] = element
+    return places
+
+
+def _identify(domain: etree._Element, spec: DomainSpec) -> None:
+    _set(domain, "name", spec.name)
+    _set(domain, "uuid", spec.uuid)
+    metadata = _child(domain, "metadata")
+    for previous in metadata.findall(f"{{{NAMESPACE}}}instance"):
+        metadata.remove(previous)
+    instance = etree.SubElement(
+        metadata, f"{{{NAMESPACE}}}instance", nsmap={"bootwright": NAMESPACE}
+    )
+    _add(instance, f"{{{NAMESPACE}}}job", id=spec.job_id)
+    _add(instance, f"{{{NAMESPACE}}}image", id=spec.image_id, digest=spec.image_digest)
+
+
+def _size(domain: etree._Element, spec: DomainSpec) -> None:
+    if domain.find("memory") is None:
+        _add(domain, "memory", str(spec.ram_mib), unit="MiB")
+    if domain.find("vcpu") is None:
+        _add(domain, "vcpu", str(spec.vcpus))
+
+
+def _kernel(os: etree._Element, spec: DomainSpec) -> None:
+    if spec.kernel is None:
+        return
+    for tag, path in (("kernel", spec.kernel), ("initrd", spec.ramdisk)):
+        present = os.find(tag)
+        if present is not None:
+            raise _wrong(_line(present), f"<{tag}> is there already, and the job brings its own")
+        if path is not None:
+            _add(os, tag, str(path))
+    if os.find("cmdline") is None:
+        root = next(disk for disk in spec.disks if disk.role is Role.ROOT)
+        usual = f"root=/dev/{root.device_name} console=ttyS0"
+        _add(os, "cmdline", usual if spec.command_line is None else spec.command_line)
+
+
+def _attached(spec: DomainSpec) -> list[Disk]:
+    return [disk for disk in spec.disks if disk.device_name is not None]
+
+
+def _controllers(devices: etree._Element, spec: DomainSpec) -> None:
+    if any(disk.bus == Bus.SCSI for disk in spec.disks):
+        # libvirt's own choice is the LSI controller of 1995, which newer
+        # guests have no driver for and which takes seven disks.
+        _add(devices, "controller", type="scsi", index="0", model="virtio-scsi")
+
+
+def _describe(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:
+    """Make `element`, new or a place in a template, the description of `disk`."""
+    for tag in ("source", "backingStore"):
+        present = element.find(tag)
+        if present is not None:
+            raise _wrong(
+                _line(present),
+                f"{disk.device_name} has a <{tag}>; leave out what the job fills in",
+            )
+    _offer(element, "device", disk.device)
+    if element.get("device") != disk.device:
+        raise _wrong(_line(element), f"{disk.device_name} is a {disk.device} in this job")
+    driver = _child(element, "driver")
+    driver.set("name", "qemu")
+    driver.set("type", disk.format)
+    _offer(driver, "cache", spec.cache_mode)
+    _offer(driver, "discard", spec.discard)
+    match disk.type:
+        case DiskType.FILE:
+            element.set("type", "file")
+            _add(element, "source", file=str(disk.path))
+        case _:
+            assert_never(disk.type)
+    _backing_chain(element, disk)
+    target = _child(element, "target")
+    target.set("dev", disk.device_name or "")
+    _offer(target, "bus", disk.bus or "")
+    if target.get("bus") != disk.bus:
+        raise _wrong(
+            _line(target),
+            f"{disk.device_name} is on bus {target.get('bus')!r}, the image asks for {disk.bus!r}",
+        )
+    if disk.serial is not None and element.find("serial") is None:
+        _add(element, "serial", disk.serial)
+    if disk.read_only and element.find("readonly") is None:
+        _add(element, "readonly")
+    if disk.boot_index is not None and element.find("boot") is None:
+        _add(element, "boot", order=str(disk.boot_index))
+    if disk.bus == Bus.SCSI and element.find("address") is None:
+        # All on one controller: from the name alone libvirt would put seven
+        # on each and add controllers of its own choice.
+        unit = [other for other in spec.disks if other.bus == Bus.SCSI].index(disk)
+        _add(element, "address", type="drive", controller="0", unit=str(unit))
+
+
+def _backing_chain(element: etree._Element, disk: Disk) -> None:
+    """Write the whole chain; the empty element at its end says that it ends there."""
+    for link in disk.backing_chain:
+        element = _add(element, "backingStore", type="file")
+        _add(element, "format", type=link.format)
+        _add(element, "source", file=str(link.path))
+    _add(element, "backingStore")
+
+
+def _interface(devices: etree._Element, network: Network, spec: DomainSpec) -> None:
+    kind = "network" if network.network is not None else "bridge"
+    interface = _add(devices, "interface", type=kind)
+    if network.mac is not None:
+        _add(interface, "mac", address=network.mac)
+    if network.network is not None:
+        _add(interface, "source", network=network.network)
+    else:
+        _add(interface, "source", bridge=network.bridge)
+    _add(interface, "model", type=spec.hardware.nic_model)
+
+
+def _console(devices: etree._Element, spec: DomainSpec) -> None:
+    for tag, target in (("serial", {"port": "0"}), ("console", {"type": "serial", "port": "0"})):
+        element = _add(devices, tag, type="file")
+        # Kept over a restart of the guest: the last words before it are what one looks for.
+        _add(element, "source", path=str(spec.console_log), append="on")
+        _add(element, "target", **target)
+
+
+def _child(parent: etree._Element, tag: str) -> etree._Element:
+    found = parent.find(tag)
+    return _add(parent, tag) if found is None else found
+
+
+def _set(parent: etree._Element, tag: str, text: str) -> None:
+    _write(_child(parent, tag), text)
+
+
+def _offer(element: etree._Element, attribute: str, value: str) -> None:
+    if attribute not in element.attrib:
+        element.set(attribute, value)
+
+
+def _add(
+    parent: etree._Element, tag: str, text: str | None = None, /, **attributes: str | None
+) -> etree._Element:
+    """Append an element; an attribute that is None is left out."""
+    element = etree.SubElement(parent, tag)
+    for name, value in attributes.items():
+        if value is not None:
+            element.set(name, value)
+    if text is not None:
+        _write(element, text)
+    return element
+
+
+def _write(element: etree._Element, text: str) -> None:
+    try:
+        element.text = text
+    except ValueError as e:
+        tag = etree.QName(element).localname
+        raise InvalidJob(
+            f"the domain's <{tag}> cannot be {text!r:.80}: XML has no control characters",
+            "image.os_command_line of the job or os_command_line of the image is the usual place",
+        ) from e
+
+
+def _text(domain: etree._Element) -> str:
+    etree.indent(domain, space="  ")
+    return etree.tostring(domain, encoding="unicode", pretty_print=True)

@@ -1,0 +1,300 @@
+"""Durable and sparse file work; knows nothing of images.
+
+Whatever must survive a power cut is written under another name in the same
+directory, flushed, renamed, and the directory flushed: a reader sees the whole
+file or none. Functions may be called from any thread; no two of them may write
+the same target at once.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from agent.cancellation import Cancellation
+from agent.errors import BackendError, InsufficientFreeSpace
+
+BLOCK = 4096
+"""Bytes; what ext4 and xfs allocate at least, so a shorter hole saves nothing."""
+
+_ZEROS = bytes(BLOCK)
+_FICLONE = 0x40049409  # ioctl_ficlone(2)
+_COPY_STEP = 16 << 20  # bytes between two looks at the cancellation: some 20 ms
+_ErrorInfo = tuple[type[BaseException], BaseException, TracebackType]
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What FICLONE and copy_file_range say when the file systems cannot do it, and a
+# plainer way can. Old NFS servers and overlayfs answer with any of these.
+_CANNOT = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTTY, errno.EPERM)
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes an unprivileged writer may still use where `path` is."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def no_space(path: Path, needed: int, free: int, what: str) -> InsufficientFreeSpace:
+    """Return the error for `what` (such as "copying the base to") not fitting at `path`."""
+    return InsufficientFreeSpace(
+        f"{what} {path}: {needed} bytes are needed and the file system has {free} bytes free"
+        " (or the quota is used up)",
+        f"free space below {path.parent}; 'bootwright cache gc' removes bases nobody uses",
+    )
+
+
+@contextlib.contextmanager
+def reporting_no_space(path: Path, needed: int, what: str) -> Iterator[None]:
+    """Turn ENOSPC and EDQUOT inside the block into `InsufficientFreeSpace`."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        raise no_space(path, needed, free_bytes(path.parent), what) from e
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in directory `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def replacing(target: Path, *, needed: int, what: str, mode: int = 0o640) -> Iterator[int]:
+    """Give a descriptor (read and write) to the file that becomes `target` at the end.
+
+    It stands beside the target as `.<name>.<random>.tmp`. When the block ends
+    well the file and its name are durable; when not, it is removed and the
+    target is as before. A crash may leave the temporary file.
+
+    Raises:
+        InsufficientFreeSpace: naming `what` and the `needed` bytes.
+    """
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    with reporting_no_space(target, needed, what):
+        fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            try:
+                # The umask has no say: the mode is part of what the caller promises.
+                os.fchmod(fd, mode)
+                yield fd
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            aside.rename(target)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        fsync_directory(target.parent)
+
+
+def write_durably(path: Path, data: bytes, *, mode: int = 0o640) -> None:
+    """Put `data` at `path`, replacing what was there, so that a crash leaves old or new.
+
+    Raises:
+        InsufficientFreeSpace
+    """
+    with replacing(path, needed=len(data), what="writing", mode=mode) as fd:
+        _write_at(fd, memoryview(data), 0)
+
+
+def copy_sparse(
+    source: Path, target: Path, *, mode: int = 0o640, cancellation: Cancellation
+) -> None:
+    """Copy `source` to `target`: shared extents where the file system can, else without holes.
+
+    On failure or cancel the target is as it was before.
+
+    Raises:
+        InsufficientFreeSpace: before the first byte if it is known not to fit.
+        BootwrightError: the reason of the cancellation.
+    """
+    what = "copying to"
+    with source.open("rb", buffering=0) as opened:
+        status = os.fstat(opened.fileno())
+        allocated = min(status.st_size, status.st_blocks * 512)
+        with replacing(target, needed=allocated, what=what, mode=mode) as fd:
+            if _clone(opened.fileno(), fd):
+                return
+            free = free_bytes(target.parent)
+            if allocated > free:
+                raise no_space(target, allocated, free, what)
+            os.ftruncate(fd, status.st_size)
+            _copy_data(opened.fileno(), fd, status.st_size, cancellation)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove directory `path` and all below it, durably; one that is not there is no error.
+
+    Symbolic links inside are removed, never followed, even if someone swaps a
+    directory for a link meanwhile (shutil works on descriptors).
+
+    Raises:
+        BackendError: `path` is itself a link or no directory, or something
+            below it could not be removed.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise BackendError(
+            f"removing {path}: it is not a directory, and nothing behind it was touched",
+            "look what put it there and remove it by hand",
+        )
+    try:
+        shutil.rmtree(path, onerror=_unless_gone)
+    except OSError as e:
+        raise BackendError(f"removing {path}: {e}") from e
+    with contextlib.suppress(FileNotFoundError):
+        fsync_directory(path.parent)
+
+
+class SparseWriter:
+    """Appends to one file; zeros become holes. For one thread.
+
+    The file's length equals `size` after every `write`, so that it alone says
+    where an interrupted writer has to go on.
+    """
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        """Go on at `offset` bytes; whatever the file holds beyond is dropped."""
+        self._path = path
+        self.size = offset
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+        # Holes are only right where nothing was: hence drop, then write.
+        os.ftruncate(self._fd, offset)
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Append `chunk`, however long, however aligned.
+
+        Raises:
+            InsufficientFreeSpace: a part of the chunk may have been written.
+        """
+        # bytes.startswith compares in place: some 10 GB/s, where slices of a
+        # memoryview compare item by item.
+        data = chunk if isinstance(chunk, bytes) else bytes(chunk)
+        view = memoryview(data)
+        start = self.size
+        with reporting_no_space(self._path, len(data), "writing"):
+            for begin, end in _data_runs(data, start):
+                _write_at(self._fd, view[begin:end], start + begin)
+            self.size = start + len(data)
+            if data and not data[-1]:
+                os.ftruncate(self._fd, self.size)
+
+    def flush(self) -> None:
+        """Return when everything written is on stable storage."""
+        with reporting_no_space(self._path, 0, "flushing"):
+            os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Close without flushing; may be called again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _data_runs(data: bytes, offset: int) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of each run of blocks in `data` that are not all zeros.
+
+    Blocks are those of the file, where `data` stands at `offset`; the pieces at
+    both ends count as blocks.
+    """
+    begin: int | None = None
+    position = 0
+    while position < len(data):
+        end = min(position + BLOCK - (offset + position) % BLOCK, len(data))
+        length = end - position
+        zeros = _ZEROS if length == BLOCK else _ZEROS[:length]
+        if data.startswith(zeros, position):
+            if begin is not None:
+                yield begin, position
+                begin = None
+        elif begin is None:
+            begin = position
+        position = end
+    if begin is not None:
+        yield begin, len(data)
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data = data[written:]
+        offset += written
+
+
+def _clone(source: int, target: int) -> bool:
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError as e:
+        if e.errno not in _CANNOT:
+            raise
+        return False
+    return True
+
+
+def _copy_data(source: int, target: int, size: int, cancellation: Cancellation) -> None:
+    copy = _copy_in_kernel
+    for begin, end in _extents(source, size):
+        position = begin
+        while position < end:
+            cancellation.check()
+            step = min(_COPY_STEP, end - position)
+            try:
+                copied = copy(source, target, step, position)
+            except OSError as e:
+                if copy is _copy_through_memory or e.errno not in _CANNOT:
+                    raise
+                copy = _copy_through_memory
+                continue
+            if copied == 0:
+                raise BackendError(f"the file shrank to {position} bytes while it was copied")
+            position += copied
+
+
+def _copy_in_kernel(source: int, target: int, count: int, offset: int) -> int:
+    return os.copy_file_range(source, target, count, offset, offset)
+
+
+def _copy_through_memory(source: int, target: int, count: int, offset: int) -> int:
+    data = os.pread(source, min(count, 1 << 20), offset)
+    _write_at(target, memoryview(data), offset)
+    return len(data)
+
+
+def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of every stretch of data; file systems without holes give one."""
+    end = 0
+    while end < size:
+        try:
+            begin = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as e:
+            if e.errno == errno.ENXIO:  # a hole up to the end of the file
+                return
+            raise
+        end = min(os.lseek(fd, begin, os.SEEK_HOLE), size)
+        yield begin, end
+
+
+def _unless_gone(_function: object, _path: str, info: _ErrorInfo) -> None:
+    """Let `rmtree` pass over what someone else has removed meanwhile."""
+    if not isinstance(info[1], FileNotFoundError):
+        raise info[1]

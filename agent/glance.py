@@ -1,0 +1,403 @@
+"""Glance as an image source: records by python-glanceclient, bytes by keystoneauth.
+
+glanceclient knows how to find and read a record. It cannot be used for the
+bytes: it percent-encodes the `Range` header (the answer is 416), never takes a
+broken body up again, and hides the status of an answer it does not understand.
+So the bytes come through the keystoneauth session that glanceclient itself
+stands on, which renews an expired token and repeats the request.
+
+Nothing is retried here and no hash is checked. Every foreign error leaves as
+one of `agent.errors`: `ImageSourceUnavailable` for what may pass, else final.
+"""
+
+import contextlib
+import hashlib
+import re
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Protocol, TypedDict, cast
+
+import glanceclient
+import requests
+import urllib3
+from keystoneauth1.adapter import Adapter
+from keystoneauth1.session import Session
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from agent.errors import ImageCorrupt, ImageNotActive, ImageNotFound, ImageSourceUnavailable
+from agent.glance_errors import FOREIGN, refusal, translated
+from agent.image import Image
+from agent.job import image_id as canonical_image_id
+
+# One read hands out what has arrived, this much at most. Measured over
+# loopback with pieces of 1 MiB: 1.2 to 1.8 GiB/s and 0.3 to 0.5 s of CPU a GiB
+# for read1, read and stream alike, curl 1.3 GiB/s. Only read1 keeps what came
+# before a break, and lets the time-out between two reads mean what it says.
+_PIECE = 1 << 20
+
+_REDIRECTS = 3
+_REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
+
+# What the image schema defines itself, and what a store adds. The rest of a
+# record are the owner's own properties.
+_CORE = frozenset(
+    {
+        "checksum", "container_format", "created_at", "direct_url", "disk_format", "file", "id",
+        "locations", "min_disk", "min_ram", "name", "os_hash_algo", "os_hash_value", "os_hidden",
+        "owner", "protected", "schema", "self", "size", "status", "stores", "tags", "updated_at",
+        "virtual_size", "visibility",
+    }
+)  # fmt: skip
+
+
+class _Images(Protocol):
+    def get(self, image_id: str) -> Mapping[str, object]: ...
+
+
+class _Catalog(TypedDict):
+    """What finds Glance in the service catalog."""
+
+    service_type: str
+    service_name: str | None
+    interface: list[str] | None
+    region_name: str | None
+
+
+class _Client(Protocol):
+    @property
+    def images(self) -> _Images: ...
+
+
+_Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    """An image as the v2 API describes it, as far as it matters here."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    id: str
+    status: str
+    name: _Text = ""
+    disk_format: _Text = ""
+    container_format: _Text = ""
+    size: _Count | None = None
+    virtual_size: _Count | None = None
+    min_disk: _Count = 0
+    min_ram: _Count = 0
+    os_hash_algo: str | None = None
+    os_hash_value: str | None = None
+    checksum: str | None = None
+
+
+class GlanceSource:
+    """An image source (agent/transfer.py) that may be shared by any number of threads."""
+
+    name = "glance"
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        endpoints: Sequence[str] = (),
+        service_type: str = "image",
+        service_name: str | None = None,
+        interfaces: Sequence[str] = (),
+        region_name: str | None = None,
+        stall_timeout_s: float = 60.0,
+    ) -> None:
+        """`session` has the credentials and must have a time-out.
+
+        `endpoints`: URLs of one and the same Glance, used in turn when one
+        fails; without any, the service catalog is asked. `stall_timeout_s`:
+        the longest wait for the first byte of an answer, and for each further
+        piece; the session's own time-out goes for connecting.
+
+        Raises:
+            ValueError: the session would wait for ever.
+        """
+        if session.timeout is None:
+            raise ValueError("a session without a timeout waits for a silent Glance for ever")
+        self._session = session
+        self._catalog: _Catalog = {
+            "service_type": service_type,
+            "service_name": service_name,
+            "interface": list(interfaces) or None,
+            "region_name": region_name,
+        }
+        self._timeout = (session.timeout, stall_timeout_s)
+        self._endpoints = tuple(_without_version(url) for url in endpoints)
+        self._turn = 0
+        self._clients: dict[str, _Client] = {}
+        self._lock = threading.Lock()
+
+    def get(self, image_id: str) -> Image:
+        """Return the record of an image, whatever its status.
+
+        Raises:
+            ImageNotFound: there is none, or it is not for us.
+            ImageNotAuthorized: Glance or Keystone refuses the credentials.
+            ImageSourceUnavailable: no answer, or none that Glance would give.
+        """
+        # An id may come from a property of another image, where its owner can
+        # write anything; it becomes a part of a URL.
+        try:
+            image_id = canonical_image_id(image_id)
+        except ValueError as e:
+            raise ImageNotFound(f"{image_id!r:.80} cannot be the id of an image: it {e}") from e
+        endpoint, turn = self._endpoint()
+        with self._asking(turn, f"image {image_id} at {_shown(endpoint)}"):
+            return _image(self._client(endpoint).images.get(image_id), image_id)
+
+    def open(self, image: Image, offset: int) -> "GlanceBody":
+        """Ask for the bytes from `offset` on.
+
+        The body says where it really starts: a Glance whose store has no
+        ranges sends the image from its beginning.
+
+        Raises:
+            ImageNotFound: the image has been deleted meanwhile.
+            ImageNotActive: it has no data.
+            ImageNotAuthorized: Glance or Keystone refuses the credentials.
+            ImageCorrupt: Glance's data has another size than its record.
+            ImageSourceUnavailable: no answer, or none that Glance would give.
+        """
+        endpoint, turn = self._endpoint()
+        what = f"image {image.id} at {_shown(endpoint)}"
+
+        def asking() -> contextlib.AbstractContextManager[None]:
+            return self._asking(turn, what)
+
+        with asking():
+            response = self._request(endpoint, image, offset, what)
+            if offset and _no_ranges(response):
+                response.close()
+                response = self._request(endpoint, image, 0, what)
+            try:
+                return GlanceBody(response, _offset(response, image, what), what, asking)
+            except BaseException:
+                response.close()
+                raise
+
+    def _request(self, endpoint: str, image: Image, offset: int, what: str) -> requests.Response:
+        # A body may not come compressed: its bytes are what the hash is of,
+        # and what the offsets count.
+        headers = {"Accept": "application/octet-stream", "Accept-Encoding": "identity"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+        url = f"{endpoint}/v2/images/{image.id}/file"
+        for _ in range(1 + _REDIRECTS):
+            response = self._session.get(
+                url,
+                headers=headers,
+                stream=True,
+                timeout=self._timeout,
+                raise_exc=False,
+                # keystoneauth would follow with the token to any host, and
+                # leave the connection of each redirect open.
+                redirect=False,
+                authenticated=None if _may_see_token(endpoint, url) else False,
+            )
+            location = response.headers.get("Location")
+            if response.status_code not in _REDIRECT_STATUSES or location is None:
+                return response
+            response.close()
+            url = urllib.parse.urljoin(url, location)
+            if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+                break
+        raise ImageSourceUnavailable(
+            f"{what}: redirected more than {_REDIRECTS} times, or away from HTTP",
+            "have endpoint_override name the place where Glance is",
+        )
+
+    def _endpoint(self) -> tuple[str, int]:
+        turn = self._turn
+        if self._endpoints:
+            return self._endpoints[turn % len(self._endpoints)], turn
+        with self._asking(turn, "Glance's endpoint in Keystone's catalog"):
+            url = Adapter(self._session, **self._catalog).get_endpoint()
+        if not url:
+            raise ImageSourceUnavailable(
+                f"the service catalog has no endpoint for {self._catalog['service_type']!r} "
+                f"(region {self._catalog['region_name']}, interface {self._catalog['interface']})",
+                "check region_name and valid_interfaces, or set endpoint_override in [glance]",
+            )
+        return _without_version(url), turn
+
+    def _client(self, endpoint: str) -> _Client:
+        # Kept, because a new one asks for the image schema first.
+        with self._lock:
+            if endpoint not in self._clients:
+                self._clients[endpoint] = cast(
+                    "_Client",
+                    glanceclient.Client(
+                        "2", session=self._session, endpoint_override=endpoint, **self._catalog
+                    ),
+                )
+            return self._clients[endpoint]
+
+    @contextlib.contextmanager
+    def _asking(self, turn: int, what: str) -> Iterator[None]:
+        """Translate what goes wrong; where another endpoint may do better, it is its turn."""
+        try:
+            yield
+        except ImageSourceUnavailable:
+            self._next_turn(turn)
+            raise
+        except FOREIGN as e:
+            error = translated(e, what)
+            if isinstance(error, ImageSourceUnavailable):
+                self._next_turn(turn)
+            raise error from e
+
+    def _next_turn(self, turn: int) -> None:
+        with self._lock:
+            # Of many that failed at the same endpoint only the first one turns.
+            if self._turn == turn:
+                self._turn += 1
+
+
+class GlanceBody:
+    """The bytes of one answer; see `agent.transfer.Body`."""
+
+    def __init__(
+        self,
+        response: requests.Response,
+        offset: int,
+        what: str,
+        asking: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self.offset = offset
+        self._response = response
+        self._raw = cast("urllib3.HTTPResponse", response.raw)
+        self._what = what
+        self._asking = asking
+        self._reading = threading.Lock()
+        self._closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        while piece := self._read():
+            yield piece
+
+    def _read(self) -> bytes:
+        with self._asking(), self._reading:
+            if self._closed:
+                raise ImageSourceUnavailable(f"{self._what}: the transfer was given up")
+            return self._raw.read1(_PIECE, decode_content=False)
+
+    def close(self) -> None:
+        # The order matters: closing a socket does not wake the thread that
+        # waits in recv() on it, shutting it down does; and only when that
+        # thread is out may the buffers under it be freed.
+        self._closed = True
+        # It may have been read to its end, its connection being back in the pool.
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            self._raw.shutdown()
+        with self._reading:
+            self._response.close()
+
+
+def _image(answer: Mapping[str, object], image_id: str) -> Image:
+    record = _Record.model_validate(dict(answer))
+    if record.id != image_id:
+        raise ValueError(f"it describes image {record.id!r:.80}")
+    return Image(
+        id=record.id,
+        name=record.name,
+        source=GlanceSource.name,
+        status=record.status,
+        disk_format=record.disk_format,
+        container_format=record.container_format,
+        size=record.size,
+        virtual_size=record.virtual_size,
+        min_disk=record.min_disk,
+        min_ram=record.min_ram,
+        digest=_digest(record),
+        properties={
+            key: value
+            for key, value in (record.model_extra or {}).items()
+            if key not in _CORE and isinstance(value, str)
+        },
+    )
+
+
+def _digest(record: _Record) -> tuple[str, str] | None:
+    algorithm = (record.os_hash_algo or "").lower()
+    # The SHAKE functions have no length of their own, so a value alone does not say the digest.
+    known = algorithm in hashlib.algorithms_available and not algorithm.startswith("shake")
+    if known and record.os_hash_value:
+        return algorithm, record.os_hash_value.lower()
+    return ("md5", record.checksum.lower()) if record.checksum else None
+
+
+def _offset(response: requests.Response, image: Image, what: str) -> int:
+    """Return where in the image the body of `response` starts, if it has one."""
+    status = response.status_code
+    content_type = response.headers.get("Content-Type", "").lower()
+    encoding = response.headers.get("Content-Encoding", "identity").lower()
+    if status == 204:
+        raise ImageNotActive(
+            f"{what} has no data (204 No Content), though its status was {image.status!r}",
+            "its store has lost the data, or its upload is not done: upload the image anew",
+        )
+    if status not in (200, 206):
+        raise refusal(response, what)
+    if content_type.startswith(("text/html", "application/json")):
+        raise ImageSourceUnavailable(
+            f"{what}: the answer is a page ({content_type}), not the image",
+            "a proxy or a login page answers in Glance's place: check endpoint_override",
+        )
+    if encoding != "identity":
+        raise ImageSourceUnavailable(
+            f"{what}: the answer is encoded ({encoding}), though that was not asked for",
+            "a proxy before Glance compresses: have it leave image data alone",
+        )
+    if status == 200:
+        return 0
+    part = _content_range(response)
+    if part is None:
+        raise ImageSourceUnavailable(f"{what}: a partial answer (206) that was not asked for")
+    start, total = part
+    if total is not None and image.size is not None and total != image.size:
+        raise ImageCorrupt(
+            f"{what} has {total} bytes, its record says {image.size}",
+            "the record or the data is damaged: upload the image anew",
+        )
+    return start
+
+
+def _no_ranges(response: requests.Response) -> bool:
+    """Whether this is how a store answers that does not serve parts of an image."""
+    # A 206 that does not say which part it is will not do either.
+    return response.status_code in (400, 416) or (
+        response.status_code == 206 and _content_range(response) is None
+    )
+
+
+def _content_range(response: requests.Response) -> tuple[int, int | None] | None:
+    value = response.headers.get("Content-Range", "")
+    match = re.fullmatch(r"bytes (\d{1,19})-\d{1,19}/(\d{1,19}|\*)", value)
+    if match is None:
+        return None
+    return int(match[1]), None if match[2] == "*" else int(match[2])
+
+
+def _may_see_token(endpoint: str, url: str) -> bool:
+    """Whether `url` is on Glance's own host, and not less protected than `endpoint`."""
+    known, other = urllib.parse.urlsplit(endpoint), urllib.parse.urlsplit(url)
+    return known.hostname == other.hostname and other.scheme in (known.scheme, "https")
+
+
+def _without_version(url: str) -> str:
+    """An endpoint without the `/v2` that old catalogs have at its end; each request adds it."""
+    return re.sub(r"/v\d+(\.\d+)?$", "", url.rstrip("/"))
+
+
+def _shown(url: str) -> str:
+    """An endpoint for people: without the user and password a URL may hold."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit(
+        (parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")
+    )

@@ -1,0 +1,391 @@
+"""What the bytes of an image really are, judged while they stream past.
+
+Nothing of QEMU may open an image before this has let it pass: the content must
+be what the image source says it is, complete in itself, and promise no absurd
+size. The first bytes tell the format; what must be read behind them of VMDK
+and VHDX is left to oslo.utils' format inspectors, with rules of ours on top.
+
+Two of oslo's inspectors are not used. Its GPT one, because a partitioned disk
+is raw content to us and QEMU is always told so, and its rules would refuse
+disks that boot everywhere: hybrid MBRs, a GPT with the legacy boot flag, file
+systems without partitions. Its qcow2 one, because it refuses extended L2
+entries and looks at little else; `qcow2.parse_header` looks at more.
+"""
+
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from oslo_utils.imageutils import format_inspector
+
+from agent import qcow2
+from agent.errors import ImageUnacceptable
+
+MAX_VIRTUAL_SIZE = qcow2.MAX_VIRTUAL_SIZE
+"""Bytes; a header that promises more is hostile or damaged."""
+
+# All that tells one format from another lies in here, and all of the headers
+# of qcow2, VHD and VDI. VHDX's region table comes last and ends with it.
+_HEAD = 256 << 10
+# oslo's VHDX inspector looks for what a table points to one call after it has
+# seen the table, so one call must never bring both.
+_SLICE = 64 << 10
+_TAIL = 512
+
+_PLAIN = ("raw", "ami", "aki", "ari", "gpt")
+_CLAIMS = (*_PLAIN, "qcow2", "vhd", "vhdx", "vmdk", "vdi", "iso")
+# ovf: many a plain disk was once uploaded under that name.
+_CONTAINERS = ("bare", "ovf", "ami", "aki", "ari")
+_QEMU_NAMES = {"vhd": "vpc"}  # Glance's name: QEMU's
+
+_MAGICS = (
+    (0, qcow2.MAGIC, "qcow2"),
+    (0, b"conectix", "vhd"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"QED\x00", "qed"),
+    (0, b"LUKS\xba\xbe", "luks"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+    (0, b"Bochs Virtual HD Image", "bochs"),
+    (0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", "cloop"),
+    (0x40, b"\x7f\x10\xda\xbe", "vdi"),
+    (0x8001, b"CD001", "iso"),
+    (0x8001, b"NSR02", "iso"),
+    (0x8001, b"NSR03", "iso"),
+)
+_DMG_TRAILER = b"koly"
+
+_VMDK_SUBTYPES = ("monolithicsparse", "streamoptimized")
+_VMDK_EXTENT = re.compile(r'(?:rw|rdonly) \d+ sparse "([^"]*)"')
+_VHDX_PARENT_LOCATOR = bytes.fromhex("2d5fd3a80bb34d45abf7d3d84834ab0c")
+
+_CONVERT = "make it a self-contained image, with 'qemu-img convert -O qcow2', and upload that"
+_UPLOAD = "upload its data again"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """An image that may be used."""
+
+    format: str
+    """QEMU's name: raw, qcow2, vmdk, vpc, vhdx, vdi; or iso, whose bytes are raw."""
+    virtual_size: int
+    """Bytes. Of vpc an upper bound, as QEMU may go by the disk's old geometry.
+
+    Of raw and iso the length, which need not be a multiple of 512.
+    """
+
+
+class Inspection:
+    """Of one image; fed with all its bytes in order. For one thread."""
+
+    def __init__(
+        self,
+        image_id: str,
+        disk_format: str,
+        *,
+        container_format: str = "bare",
+        size: int | None = None,
+    ) -> None:
+        """Begin; `size` is the image's length in bytes where the image source knows it.
+
+        Raises:
+            ImageUnacceptable: no image of these formats can be used.
+        """
+        self._image_id = image_id
+        self._claim = disk_format
+        self._size = size
+        self._length = 0
+        self._head = bytearray()
+        self._tail = b""
+        self._content: str | None = None
+        self._inspector: format_inspector.FileInspector | None = None
+        self._virtual_size: int | None = None
+        if disk_format not in _CLAIMS:
+            raise self._unacceptable(
+                f"its disk_format {disk_format} is not supported",
+                f"convert it to one of {', '.join(_CLAIMS)}",
+            )
+        if container_format not in _CONTAINERS:
+            raise self._unacceptable(
+                f"its container_format {container_format} is not supported",
+                "take the disk out of its container and upload it as bare",
+            )
+
+    @property
+    def virtual_size(self) -> int | None:
+        """Bytes the guest would see, once the header (or for raw, the length) is known."""
+        return self._virtual_size
+
+    @property
+    def settled(self) -> bool:
+        """What follows is only counted, but for the last 512 bytes."""
+        return self._content is not None and self._inspector is None
+
+    def feed(self, chunk: bytes | memoryview) -> None:
+        """Take the next bytes, however many.
+
+        Raises:
+            ImageUnacceptable: as soon as it is certain.
+        """
+        self._length += len(chunk)
+        if len(chunk) >= _TAIL:
+            self._tail = bytes(chunk[-_TAIL:])
+        else:
+            self._tail = (self._tail + chunk)[-_TAIL:]
+        if self._content is None:
+            room = _HEAD - len(self._head)
+            self._head += chunk[:room]
+            if len(self._head) < _HEAD:
+                return
+            self._content = self._decided()
+            chunk = chunk[room:]
+        self._read_on(chunk)
+
+    def finish(self) -> Verdict:
+        """Return the verdict after the last byte.
+
+        Raises:
+            ImageUnacceptable
+        """
+        if self._length == 0:
+            raise self._unacceptable("it is empty", _UPLOAD)
+        self._size = self._length
+        content = self._content or self._decided()
+        if self._inspector is not None:
+            self._inspector.finish()
+            self._judge(self._inspector)
+        if self._inspector is not None:
+            raise self._unacceptable(
+                f"it is cut short: its {content} header points beyond its {self._length} bytes",
+                _UPLOAD,
+            )
+        if content == "raw":
+            content = self._by_tail()
+        # Again, now that the length is certain.
+        if content in ("raw", "iso"):
+            self._promise(self._length)
+        elif content == "qcow2":
+            self._read_header("qcow2")
+        if self._virtual_size is None:
+            raise self._unacceptable(f"its {content} header names no size", _UPLOAD)
+        return Verdict(format=_QEMU_NAMES.get(content, content), virtual_size=self._virtual_size)
+
+    def _decided(self) -> str:
+        """Return what the head says the content is, if that is what was claimed."""
+        head = bytes(self._head)
+        found = _formats(head)
+        if len(found) > 1:
+            raise self._unacceptable(
+                f"its bytes are several formats at once: {', '.join(sorted(found))}", _CONVERT
+            )
+        content = found.pop() if found else "raw"
+        plausible = self._claim == content
+        if content == "raw":
+            # A fixed VHD has its mark at the end: see _by_tail.
+            plausible = self._claim in (*_PLAIN, "vhd")
+            if self._claim == "gpt" and head[510:512] != b"\x55\xaa":
+                plausible = False
+        if not plausible:
+            raise self._contradiction(content)
+        match content:
+            case "qcow2" | "vhd" | "vdi":
+                self._read_header(content)
+            case "vmdk" | "vhdx":
+                self._inspector = format_inspector.ALL_FORMATS[content]()
+                self._read_on(head)
+            case _:
+                if self._size is not None and self._claim != "vhd":
+                    self._promise(self._size)
+        return content
+
+    def _read_header(self, content: str) -> None:
+        head = bytes(self._head)
+        try:
+            match content:
+                case "qcow2":
+                    size = qcow2.parse_header(head, self._size).virtual_size
+                case "vhd":
+                    size = _vhd_size(head, kind=3)
+                case _:
+                    size = _vdi_size(head)
+        except ValueError as e:
+            raise self._unacceptable(str(e), _CONVERT) from e
+        self._promise(size)
+
+    def _read_on(self, data: bytes | memoryview) -> None:
+        """Feed oslo's inspector until it has seen all it wants."""
+        for begin in range(0, len(data), _SLICE):
+            if self._inspector is None:
+                return
+            try:
+                self._inspector.eat_chunk(bytes(data[begin : begin + _SLICE]))
+            except Exception as e:  # it may stumble over hostile bytes in any way
+                raise self._unacceptable(
+                    f"its {self._inspector} structure cannot be read: {e}", _CONVERT
+                ) from e
+            self._judge(self._inspector)
+
+    def _judge(self, inspector: format_inspector.FileInspector) -> None:
+        """Apply the rules as far as the inspector has come; let go of it when it is done."""
+        try:
+            if isinstance(inspector, format_inspector.VMDKInspector):
+                _check_vmdk(bytes(self._head[:4]), inspector.desc_text)
+            elif _VHDX_PARENT_LOCATOR in _metadata(inspector):
+                raise ValueError(
+                    "the vhdx metadata has a parent locator; an image must be self-contained"
+                )
+            size = inspector.virtual_size
+            if inspector.complete:
+                inspector.safety_check()
+        except format_inspector.SafetyCheckFailed as e:
+            rules = "; ".join(f"{name}: {why}" for name, why in e.failures.items())
+            raise self._unacceptable(f"it breaks the rule {rules}", _CONVERT) from e
+        except (ValueError, struct.error, format_inspector.ImageFormatError) as e:
+            raise self._unacceptable(str(e), _CONVERT) from e
+        if size:
+            self._promise(size)
+        if inspector.complete:
+            self._inspector = None
+
+    def _by_tail(self) -> str:
+        """Return what the last bytes make of content whose first bytes say nothing."""
+        if self._tail.startswith(_DMG_TRAILER):
+            raise self._contradiction("dmg")
+        if self._claim != "vhd":
+            return "raw"
+        if not self._tail.startswith(b"conectix"):
+            raise self._contradiction("raw")
+        try:
+            _vhd_size(self._tail, kind=2)
+        except ValueError as e:
+            raise self._unacceptable(str(e), _CONVERT) from e
+        self._promise(self._length - _TAIL)
+        return "vhd"
+
+    def _promise(self, size: int) -> None:
+        if not 0 < size <= MAX_VIRTUAL_SIZE:
+            raise self._unacceptable(
+                f"its virtual size is {size} bytes, not 1 to {MAX_VIRTUAL_SIZE}", _CONVERT
+            )
+        self._virtual_size = size
+
+    def _contradiction(self, content: str) -> ImageUnacceptable:
+        if content in _CLAIMS:
+            hint = f"register it with disk_format {content}, if that is what it is meant to be"
+        else:
+            hint = f"{content} is not supported: convert it to qcow2 or raw"
+        return self._unacceptable(
+            f"it is registered with disk_format {self._claim}, but its bytes are {content} "
+            f"(they begin with {bytes(self._head[:8]).hex(' ')})",
+            hint,
+        )
+
+    def _unacceptable(self, what: str, hint: str) -> ImageUnacceptable:
+        return ImageUnacceptable(f"image {self._image_id}: {what}", hint)
+
+
+def refuse_nested(image_id: str, raw: Path) -> None:
+    """Look whether a converted image holds yet another image format.
+
+    A disk that begins with, say, a qcow2 header would be taken for one by
+    whatever guesses formats later on. An ISO is fine: QEMU never opens it so.
+
+    Raises:
+        ImageUnacceptable
+    """
+    with raw.open("rb") as opened:
+        found = _formats(opened.read(_HEAD)) - {"iso"}
+    if found:
+        raise ImageUnacceptable(
+            f"image {image_id}: its virtual disk itself holds an image of format "
+            f"{' and '.join(sorted(found))}",
+            "upload the inner image as it is",
+        )
+
+
+def _formats(head: bytes) -> set[str]:
+    found = {name for offset, magic, name in _MAGICS if head.startswith(magic, offset)}
+    # A VMDK can also be a text that names other files; it has no magic. The
+    # whole head in one call, because oslo judges by what the first one brings.
+    vmdk = format_inspector.VMDKInspector()
+    try:
+        vmdk.eat_chunk(head)
+        if vmdk.format_match:
+            found.add("vmdk")
+    except Exception:  # noqa: BLE001, S110 - not a text in ASCII, so no descriptor either
+        pass
+    return found
+
+
+def _vhd_size(footer: bytes, kind: int) -> int:
+    """Return the size in a VHD footer (or its copy at the start of a dynamic disk)."""
+    if len(footer) < 512:
+        raise ValueError(f"the vhd footer is cut short after {len(footer)} of 512 bytes")
+    current, cylinders, heads, sectors, found = struct.unpack_from(">QHBBI", footer, 48)
+    if found == 4:
+        raise ValueError(
+            "the vhd is a differencing disk (type 4 at byte 60 of its footer); an image must be "
+            "self-contained"
+        )
+    if found != kind:
+        raise ValueError(f"the vhd type is {found} (byte 60 of its footer), not {kind}")
+    # QEMU goes by one or the other, depending on the program that wrote the
+    # file; but the largest geometry there is says only that the disk is larger.
+    if (cylinders, heads, sectors) == (65535, 16, 255):
+        return int(current)
+    return int(max(current, cylinders * heads * sectors * 512))
+
+
+def _vdi_size(header: bytes) -> int:
+    if len(header) < 512:
+        raise ValueError(f"the vdi header is cut short after {len(header)} of 512 bytes")
+    (kind,) = struct.unpack_from("<I", header, 0x4C)
+    if kind not in (1, 2):
+        raise ValueError(f"the vdi type is {kind} (byte 0x4c), not 1 (dynamic) or 2 (static)")
+    if any(header[0x1A8:0x1C8]):
+        raise ValueError(
+            "the vdi names another disk (link or parent UUID at bytes 0x1a8 to 0x1c7); an image "
+            "must be self-contained"
+        )
+    return int(struct.unpack_from("<Q", header, 0x170)[0])
+
+
+def _check_vmdk(magic: bytes, descriptor: str | None) -> None:
+    """Check what oslo leaves open; `descriptor` is in lower case, None if not seen yet."""
+    if magic != b"KDMV":
+        raise ValueError(
+            "the vmdk is no sparse extent (no 4b 44 4d 56 at byte 0) and needs other files; an "
+            "image must be self-contained"
+        )
+    if descriptor is None:
+        return
+    subtypes = re.findall(r'createtype\s*=\s*"?([^"\n]*)', descriptor)
+    if len(subtypes) != 1 or subtypes[0] not in _VMDK_SUBTYPES:
+        raise ValueError(
+            f"the vmdk's createType is {', '.join(subtypes)[:80] or 'missing'}, not one of "
+            f"{', '.join(_VMDK_SUBTYPES)}"
+        )
+    parent = re.search(r"parentcid\s*=\s*(\S+)", descriptor)
+    if "parentfilenamehint" in descriptor or (parent and parent[1] != "ffffffff"):
+        raise ValueError("the vmdk descriptor names a parent; an image must be self-contained")
+    extents = [
+        line.strip()
+        for line in descriptor.splitlines()
+        if line.strip().startswith(("rw", "rdonly", "noaccess"))
+    ]
+    matched = _VMDK_EXTENT.fullmatch(extents[0]) if len(extents) == 1 else None
+    if matched is None or re.search(r"[/\\]|\.\.", matched[1]):
+        raise ValueError(
+            "the vmdk descriptor must have one sparse extent, in the file itself, and has "
+            f"{'; '.join(extents)[:120] or 'none'}"
+        )
+
+
+def _metadata(inspector: format_inspector.FileInspector) -> bytes:
+    if not inspector.has_region("metadata"):
+        return b""
+    return bytes(inspector.region("metadata").data)

@@ -1,0 +1,197 @@
+"""The instances of this host: one directory each, described by `instance.json`.
+
+`instance.json` is written, durably, before the first disk it names exists. It
+and nothing else says which disks an instance has, in which format, and on
+which bases they stand: a guest can write to its disks, so no answer is ever
+looked for in them.
+"""
+
+import logging
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID
+
+from pydantic import TypeAdapter, ValidationError
+
+from agent.disk import Disk
+from agent.errors import InstanceExists, NotFound
+from agent.files import fsync_directory, remove_tree, write_durably
+from agent.job import ImagesType
+
+LOG = logging.getLogger(__name__)
+
+RECORD_NAME = "instance.json"
+CONSOLE_NAME = "console.log"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InstanceRecord:
+    """The contents of `instance.json`."""
+
+    version: int = 1
+    uuid: str
+    name: str
+    job_id: str
+    """The job that made it; only that job may undo it."""
+    created_at: float
+    image_id: str
+    image_digest: str | None = None
+    images_type: ImagesType
+    """The backend that made its root disk, whatever the host's default is by now."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    disks: tuple[Disk, ...] = ()
+
+    @property
+    def base_names(self) -> frozenset[str]:
+        return frozenset(disk.base_name for disk in self.disks if disk.base_name is not None)
+
+
+_RECORD = TypeAdapter(InstanceRecord)
+
+
+class Instances:
+    """The registry; may be shared by any number of threads, of one process.
+
+    Read from disk once: the agent is the only one that writes here.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """`directory` is `instances_path`."""
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._known: dict[str, InstanceRecord] = {}
+        self.unreadable: tuple[Path, ...] = ()
+        """Records that exist and cannot be understood: who knows what they stand on."""
+        # Names a running job has spoken for, before anything of it is on disk.
+        self._claims: dict[str, str] = {}
+        self._load()
+
+    def _load(self) -> None:
+        for entry in sorted(self._directory.iterdir()):
+            path = entry / RECORD_NAME
+            if not path.is_file():
+                continue
+            try:
+                record = _RECORD.validate_json(path.read_bytes())
+            except (OSError, ValidationError) as e:
+                LOG.error(
+                    "%s cannot be read: %s; restore it from a backup. Until then nothing is "
+                    "removed from the image cache",
+                    path,
+                    e,
+                )
+                self.unreadable += (path,)
+            else:
+                self._known[record.uuid] = record
+
+    def directory_of(self, uuid: str) -> Path:
+        return self._directory / uuid
+
+    def console_of(self, uuid: str) -> Path:
+        return self._directory / uuid / CONSOLE_NAME
+
+    def claim(self, *, uuid: str, name: str, job_id: str) -> None:
+        """Speak for a name and a uuid until `release`, on behalf of one job.
+
+        A job that runs again after a restart claims what its record on disk
+        already says, and gets it.
+
+        Raises:
+            InstanceExists: an instance, or another job, has the name or uuid.
+        """
+        with self._lock:
+            for other in self._known.values():
+                if (other.uuid == uuid or other.name == name) and other.job_id != job_id:
+                    which = f"name {name}" if other.name == name else f"uuid {uuid}"
+                    raise InstanceExists(
+                        f"the {which} belongs to instance {other.name} ({other.uuid})",
+                        "choose another, or delete that one: "
+                        f"bootwright instance delete {other.uuid}",
+                    )
+            for key in (uuid, name):
+                if self._claims.get(key, job_id) != job_id:
+                    raise InstanceExists(
+                        f"job {self._claims[key]} is making an instance of that name or uuid "
+                        f"({key}) right now",
+                        "wait for it, cancel it, or choose another",
+                    )
+            self._claims[uuid] = self._claims[name] = job_id
+
+    def release(self, job_id: str) -> None:
+        with self._lock:
+            self._claims = {key: job for key, job in self._claims.items() if job != job_id}
+
+    def write(self, record: InstanceRecord) -> Path:
+        """Make the instance's directory and its record durable; return the directory."""
+        directory = self.directory_of(record.uuid)
+        if not directory.is_dir():
+            # Others may pass through, as the hypervisor's user must, but not list.
+            directory.mkdir(mode=0o711)
+            directory.chmod(0o711)
+            fsync_directory(self._directory)
+        write_durably(directory / RECORD_NAME, _RECORD.dump_json(record, indent=2))
+        with self._lock:
+            self._known[record.uuid] = record
+        return directory
+
+    def get(self, uuid: str) -> InstanceRecord | None:
+        with self._lock:
+            return self._known.get(uuid)
+
+    def find(self, name_or_uuid: str) -> InstanceRecord:
+        """Raises: NotFound."""
+        with self._lock:
+            for record in self._known.values():
+                if name_or_uuid in (record.uuid, record.name):
+                    return record
+        raise NotFound(
+            f"there is no instance {name_or_uuid!r} on this host",
+            "bootwright instance list shows them",
+        )
+
+    def all(self) -> list[InstanceRecord]:
+        """Return every instance, oldest first."""
+        with self._lock:
+            return sorted(self._known.values(), key=lambda record: record.created_at)
+
+    def standing_on(self, base_name: str) -> list[InstanceRecord]:
+        """Return the instances with a disk that needs that base."""
+        return [record for record in self.all() if base_name in record.base_names]
+
+    def remove(self, uuid: str) -> None:
+        """Remove the instance's directory and all in it; done already is fine.
+
+        The record goes last, so that a crash halfway leaves an instance that
+        can still be found, and deleted again.
+        """
+        directory = self.directory_of(uuid)
+        if directory.is_dir():
+            for entry in directory.iterdir():
+                if entry.name == RECORD_NAME:
+                    continue
+                if entry.is_dir() and not entry.is_symlink():
+                    remove_tree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
+            fsync_directory(directory)
+            remove_tree(directory)
+            fsync_directory(self._directory)
+        with self._lock:
+            self._known.pop(uuid, None)
+
+    def sweep(self) -> list[Path]:
+        """Remove what a crash left before a record was written; call it before any job runs."""
+        swept = []
+        for entry in self._directory.iterdir():
+            if _is_uuid(entry.name) and not (entry / RECORD_NAME).exists():
+                remove_tree(entry)
+                swept.append(entry)
+        return swept
+
+
+def _is_uuid(name: str) -> bool:
+    try:
+        return str(UUID(name)) == name
+    except ValueError:
+        return False

@@ -1,0 +1,266 @@
+"""The job: what may be asked of the agent, parsed at the door once.
+
+`parse` turns what a person or program sent into a `JobRequest`, or says which
+field is wrong and which one was probably meant. Everything behind it trusts
+the types. The schema is the contract of docs/job.md.
+"""
+
+import difflib
+import enum
+import re
+import uuid
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self, assert_never
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from agent.errors import InvalidJob
+
+
+class Action(enum.StrEnum):
+    BOOT = "boot"
+    PREPARE = "prepare"
+    FETCH = "fetch"
+    DELETE = "delete"
+
+
+class OnFailure(enum.StrEnum):
+    CLEANUP = "cleanup"
+    KEEP = "keep"
+
+
+class ImagesType(enum.StrEnum):
+    QCOW2 = "qcow2"
+    RAW = "raw"
+
+
+class GuestFormat(enum.StrEnum):
+    """File systems an ephemeral disk may be born with."""
+
+    EXT4 = "ext4"
+    XFS = "xfs"
+    VFAT = "vfat"
+    NONE = "none"
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+def _canonical_uuid(text: str) -> str:
+    try:
+        return str(uuid.UUID(text))
+    except ValueError:
+        raise ValueError("must be a UUID such as 0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1") from None
+
+
+# A name becomes a file name, a libvirt domain name and a host name, so it has
+# to be acceptable to the strictest of the three.
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
+
+
+def _host_name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ValueError(
+            "must be 1 to 63 letters, digits, dots and hyphens, starting and ending "
+            "with a letter or digit"
+        )
+    return text
+
+
+# Glance's ids are UUIDs; other sources may use other names. What may never
+# pass is anything that could be read as a path, an option or a URL.
+_IMAGE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def image_id(text: str) -> str:
+    """Return the canonical form of an image id; ValueError if it cannot be one."""
+    if not _IMAGE_ID.fullmatch(text) or ".." in text:
+        raise ValueError(
+            "must be an image id: letters, digits, '.', '_' and '-' only, at most 128 of them"
+        )
+    try:
+        return str(uuid.UUID(text)) if len(text) == 36 else text
+    except ValueError:
+        return text
+
+
+Uuid = Annotated[str, AfterValidator(_canonical_uuid)]
+HostName = Annotated[str, AfterValidator(_host_name)]
+ImageId = Annotated[str, AfterValidator(image_id)]
+NetworkName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+BridgeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,14}$")]
+MacAddress = Annotated[
+    str, StringConstraints(pattern=r"^([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}$", to_lower=True)
+]
+RequestId = Annotated[str, StringConstraints(pattern=r"^req-[A-Za-z0-9._-]{1,100}$")]
+
+
+class Instance(_Schema):
+    """The virtual machine a boot job makes."""
+
+    uuid: Uuid | None = None
+    name: HostName | None = None
+    metadata: dict[str, str] = Field(default_factory=dict)
+    user_data: Annotated[str, StringConstraints(max_length=65535)] | None = None
+    config_drive: bool = False
+
+
+class Ephemeral(_Schema):
+    size: int = Field(ge=1, le=1 << 20, description="GiB")
+    guest_format: GuestFormat | None = None
+
+
+class Flavor(_Schema):
+    vcpus: int = Field(ge=1, le=4096)
+    ram: int = Field(ge=1, le=1 << 26, description="MiB")
+    disk: int = Field(ge=0, le=1 << 20, description="GiB; 0 keeps the image's own size")
+    ephemeral: tuple[Ephemeral, ...] = Field(default=(), max_length=20)
+    swap: int = Field(default=0, ge=0, le=1 << 30, description="MiB")
+
+
+class ImageRef(_Schema):
+    id: ImageId
+    kernel_id: ImageId | None = None
+    ramdisk_id: ImageId | None = None
+    os_command_line: Annotated[str, StringConstraints(max_length=2048)] | None = None
+
+
+class Libvirt(_Schema):
+    define: bool = True
+    start: bool = True
+    domain_xml: Annotated[str, StringConstraints(max_length=1 << 20)] | None = None
+
+    @model_validator(mode="after")
+    def _start_needs_define(self) -> Self:
+        if self.start and not self.define:
+            raise ValueError("start: true needs define: true")
+        return self
+
+
+class Network(_Schema):
+    network: NetworkName | None = None
+    bridge: BridgeName | None = None
+    mac: MacAddress | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.network is None) == (self.bridge is None):
+            raise ValueError("give either network or bridge")
+        return self
+
+
+class JobRequest(_Schema):
+    """One request, as the caller wrote it plus the defaults of the schema."""
+
+    version: Literal[1] = 1
+    action: Action = Action.BOOT
+    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255)] | None = None
+    request_id: RequestId | None = None
+    deadline_s: float | None = Field(default=None, gt=0, le=7 * 86400, description="seconds")
+    on_failure: OnFailure = OnFailure.CLEANUP
+    instance: Instance | None = None
+    flavor: Flavor | None = None
+    image: ImageRef | None = None
+    images_type: ImagesType | None = None
+    libvirt: Libvirt = Field(default_factory=Libvirt)
+    networks: tuple[Network, ...] | None = Field(default=None, max_length=16)
+
+    @model_validator(mode="after")
+    def _needs(self) -> Self:
+        needed: dict[str, BaseModel | None]
+        match self.action:
+            case Action.BOOT | Action.PREPARE:
+                needed = {"instance": self.instance, "flavor": self.flavor, "image": self.image}
+            case Action.FETCH:
+                needed = {"image": self.image}
+            case Action.DELETE:
+                needed = {"instance": self.instance}
+            case _:
+                assert_never(self.action)
+        missing = [name for name, value in needed.items() if value is None]
+        if missing:
+            raise ValueError(f"action {self.action} needs {' and '.join(missing)}")
+        if self.instance is not None:
+            if self.action is Action.DELETE:
+                if self.instance.name is None and self.instance.uuid is None:
+                    raise ValueError("instance needs name or uuid")
+            elif self.instance.name is None:
+                raise ValueError("instance.name is missing")
+        return self
+
+
+def parse(document: object) -> JobRequest:
+    """Return the job that `document` (plain mappings, lists and scalars) describes.
+
+    Raises:
+        InvalidJob: naming every field that is wrong, and the nearest known
+            name for each that is unknown.
+    """
+    if not isinstance(document, dict):
+        raise InvalidJob(
+            f"a job is a mapping of fields, not {_kind(document)}",
+            "the smallest one has instance.name, image.id and flavor (docs/job.md)",
+        )
+    try:
+        return JobRequest.model_validate(document)
+    except ValidationError as e:
+        raise InvalidJob(
+            "; ".join(_sentences(e)),
+            "check a file with 'bootwright job validate FILE'; the fields are in docs/job.md",
+        ) from e
+
+
+def _kind(document: object) -> str:
+    names = {type(None): "empty", str: "a text", list: "a list", int: "a number"}
+    return names.get(type(document), f"a {type(document).__name__}")
+
+
+def _sentences(error: ValidationError) -> Iterable[str]:
+    for detail in error.errors(include_url=False, include_input=True):
+        where = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            *path, name = (str(part) for part in detail["loc"])
+            yield _unknown_field(path, name)
+            continue
+        message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        given = detail["input"]
+        if isinstance(given, str | int | float) and not isinstance(given, bool):
+            message = f"{message} (it is {given!r:.80})"
+        yield f"{where}: {message}" if where else message
+
+
+def _unknown_field(path: list[str], name: str) -> str:
+    full = ".".join([*path, name])
+    known = _fields_at(path)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if near:
+        return f"unknown field {full}: did you mean {'.'.join([*path, *near])}?"
+    return f"unknown field {full}: known here are {', '.join(sorted(known))}"
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    model: type[BaseModel] = JobRequest
+    for part in path:
+        if part.isdigit():
+            continue
+        model = _MODELS[part]
+    return list(model.model_fields)
+
+
+_MODELS: dict[str, Any] = {
+    "instance": Instance,
+    "flavor": Flavor,
+    "ephemeral": Ephemeral,
+    "image": ImageRef,
+    "libvirt": Libvirt,
+    "networks": Network,
+}

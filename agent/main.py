@@ -1,0 +1,242 @@
+"""The life of the agent, from the first system call to the last."""
+
+import enum
+import logging
+import queue
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from agent import privileges, systemd
+from agent.api import create_app, create_metrics_app
+from agent.build import Defaults, Host
+from agent.cancellation import Cancellation
+from agent.directory import DirectorySource
+from agent.glance import GlanceSource
+from agent.hypervisor import Hypervisor
+from agent.image_cache import ImageCache
+from agent.instances import Instances
+from agent.journal import Journal
+from agent.last_use import LastUse
+from agent.listener import Listener, MetricsListener
+from agent.provision import Provisioner
+from agent.qemu_img import QemuImg
+from agent.service import Agent
+from agent.settings import ImageSourceName, Settings
+from agent.transfer import ImageSource, RetryPolicy
+from agent.worker import Worker
+
+LOG = logging.getLogger(__name__)
+
+
+# A partial that nobody went on with for a day will not be asked for any more.
+PARTIAL_AGE_S = 86400.0
+# Long enough to look a failure up after a holiday, and not for ever.
+JOB_AGE_S = 30 * 86400.0
+MAINTENANCE_S = 3600.0
+# How often systemd is told how things are when it does not ask to be told.
+STATUS_S = 15.0
+
+
+class Wish(enum.Enum):
+    """What may wake the main thread."""
+
+    STOP = enum.auto()
+    RELOAD = enum.auto()
+    HELPER_GONE = enum.auto()
+
+
+def run(settings: Settings, reload: Callable[[], None]) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit status.
+
+    `reload` reads the configuration again, at SIGHUP.
+
+    Raises:
+        PrivilegesNotDropped: the process has powers it must not have.
+        ListenError, JournalUnusable, OSError: it cannot serve or write where it should.
+    """
+    # First of all: the helper is a fork, and the agent goes on without a power.
+    privileges.start_helper()
+    wishes = _listen_for_wishes()
+    parts = _Parts(settings)
+    # Only now do threads exist that might have kept something.
+    privileges.verify()
+    parts.start()
+    systemd.ready(parts.summary())
+    LOG.info("ready, serving on %s", settings.api.socket)
+    try:
+        return _attend(parts, wishes, reload)
+    finally:
+        systemd.stopping()
+        parts.stop(settings.drain_timeout_s)
+
+
+def _listen_for_wishes() -> "queue.SimpleQueue[Wish]":
+    wishes: queue.SimpleQueue[Wish] = queue.SimpleQueue()
+
+    def wish_for(wish: Wish) -> Callable[[int, FrameType | None], None]:
+        # SimpleQueue.put is reentrant, so a signal handler may call it.
+        return lambda _number, _frame: wishes.put(wish)
+
+    signal.signal(signal.SIGTERM, wish_for(Wish.STOP))
+    signal.signal(signal.SIGINT, wish_for(Wish.STOP))
+    signal.signal(signal.SIGHUP, wish_for(Wish.RELOAD))
+    privileges.on_helper_exit(lambda: wishes.put(Wish.HELPER_GONE))
+    return wishes
+
+
+def _attend(parts: "_Parts", wishes: "queue.SimpleQueue[Wish]", reload: Callable[[], None]) -> int:
+    """Keep house and the watchdog quiet until somebody wishes the end."""
+    interval = min(systemd.watchdog_interval() or STATUS_S, STATUS_S)
+    maintenance_at = time.monotonic() + MAINTENANCE_S
+    while True:
+        try:
+            match wishes.get(timeout=interval):
+                case Wish.STOP:
+                    LOG.info("stopping: no new jobs; what is running goes on after the next start")
+                    return 0
+                case Wish.HELPER_GONE:
+                    LOG.error("the privileged helper has ended, so the agent does; start it again")
+                    return 1
+                case Wish.RELOAD:
+                    reload()
+        except queue.Empty:
+            pass
+        if parts.agent.live():
+            systemd.watchdog()
+        systemd.status(parts.summary())
+        if time.monotonic() >= maintenance_at:
+            parts.keep_house()
+            maintenance_at = time.monotonic() + MAINTENANCE_S
+
+
+class _Parts:
+    """Everything the agent is made of, put together in the one place that knows all of it."""
+
+    def __init__(self, settings: Settings) -> None:
+        settings.instances_path.mkdir(parents=True, exist_ok=True)
+        settings.state_path.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(settings.state_path / "journal.db")
+        self.instances = Instances(settings.instances_path)
+        source = _image_source(settings)
+        qemu_img = QemuImg(
+            cpu_s=settings.qemu_img.cpu_time_s,
+            address_space=settings.qemu_img.address_space,
+            timeout_s=settings.qemu_img.timeout_s,
+        )
+        self.image_cache = ImageCache(
+            settings.image_cache.directory,
+            locks=settings.instances_path / "locks",
+            source=source,
+            converter=qemu_img,
+            policy=_policy(settings),
+            require_hash=settings.image_cache.require_hash,
+            max_concurrent_fetches=settings.image_cache.max_concurrent_fetches,
+            in_use=lambda name: [record.name for record in self.instances.standing_on(name)],
+        )
+        hypervisor = Hypervisor(
+            settings.libvirt.connection_uri, virt_type=settings.libvirt.virt_type
+        )
+        host = Host(
+            image_cache=self.image_cache,
+            instances=self.instances,
+            hypervisor=hypervisor,
+            touch=LastUse().refresh,
+            defaults=Defaults(
+                virt_type=settings.libvirt.virt_type,
+                images_type=settings.libvirt.images_type,
+                ephemeral_format=settings.default_ephemeral_format,
+                cache_mode=settings.libvirt.cache_mode,
+                discard=settings.libvirt.discard or "ignore",
+            ),
+        )
+        self.worker = Worker(
+            self.journal,
+            Provisioner(host=host, settle=self._settle).execute,
+            concurrency=settings.max_concurrent_builds,
+        )
+        self.agent = Agent(
+            journal=self.journal,
+            worker=self.worker,
+            image_cache=self.image_cache,
+            source=source,
+            instances=self.instances,
+            hypervisor=hypervisor,
+            helper_alive=privileges.helper_alive,
+        )
+        self._listeners: list[Listener | MetricsListener] = [
+            Listener(create_app(self.agent), settings.api.socket, group=settings.api.socket_group)
+        ]
+        if settings.api.metrics_listen is not None:
+            metrics = create_metrics_app(self.agent)
+            self._listeners.append(MetricsListener(metrics, settings.api.metrics_listen))
+
+    def _settle(self, instance_uuid: str, job_id: str, cancellation: Cancellation) -> None:
+        self.worker.settle(instance_uuid, job_id, cancellation)
+
+    def start(self) -> None:
+        """Set right what a crash left, go on with unfinished jobs, and open the door."""
+        for path in self.instances.sweep():
+            LOG.info("removed %s, left by a job that did not come far", path)
+        self.keep_house()
+        self.worker.start()
+        unfinished = self.journal.unfinished()
+        if unfinished:
+            LOG.info("going on with %d unfinished jobs", len(unfinished))
+        for job in unfinished:
+            self.worker.enqueue(job.report.id)
+        for listener in self._listeners:
+            listener.start()
+
+    def keep_house(self) -> None:
+        self.image_cache.sweep(older_than_s=PARTIAL_AGE_S)
+        self.journal.forget(older_than_s=JOB_AGE_S)
+
+    def summary(self) -> str:
+        """Return one line for `systemctl status`."""
+        running = len(self.worker.running())
+        fetches = self.image_cache.fetches()
+        rate = sum(fetch.rate for fetch in fetches) / (1 << 20)
+        return f"{running} jobs running, {len(fetches)} images being fetched, {rate:.0f} MiB/s"
+
+    def stop(self, timeout_s: float) -> None:
+        """Refuse new jobs, interrupt the running ones where they can go on, and close."""
+        self.agent.draining = True
+        drained = self.worker.drain(timeout_s)
+        self.image_cache.close(timeout_s)
+        for listener in self._listeners:
+            listener.stop()
+        if not drained:
+            LOG.warning(
+                "some job did not come to a point where it can go on within %d s; its last step "
+                "is repeated after the restart",
+                timeout_s,
+            )
+            return  # its thread may still write to the journal
+        self.journal.close()
+
+
+def _image_source(settings: Settings) -> ImageSource:
+    match settings.images.source:
+        case ImageSourceName.DIRECTORY:
+            settings.images.directory.mkdir(parents=True, exist_ok=True)
+            return DirectorySource(settings.images.directory)
+        case ImageSourceName.GLANCE:
+            glance = settings.images.glance
+            if glance is None:
+                raise AssertionError("the configuration guarantees it")
+            return GlanceSource(
+                glance.session,
+                endpoints=glance.endpoints,
+                service_type=glance.service_type,
+                service_name=glance.service_name,
+                interfaces=glance.interfaces,
+                region_name=glance.region_name,
+                stall_timeout_s=glance.stall_timeout_s,
+            )
+
+
+def _policy(settings: Settings) -> RetryPolicy:
+    glance = settings.images.glance
+    return RetryPolicy() if glance is None else RetryPolicy(num_retries=glance.num_retries)

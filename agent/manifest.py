@@ -1,0 +1,65 @@
+"""The manifest beside a base: what it is, where it came from, that it is whole.
+
+`_base/<name>` is an entry of the image cache if and only if
+`_base/<name>.json` exists, and that is written last.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from agent.files import write_durably
+from agent.image import Image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Sizes are bytes, instants seconds since the epoch."""
+
+    version: int = 1
+    image: Image
+    """The image's record when it was fetched; stands in for the source when that is away."""
+    format: str = "raw"
+    """Of the base."""
+    virtual_size: int
+    source_format: str
+    """Of the bytes the source sent."""
+    source_size: int
+    digest: str
+    """`algorithm:hex` of the bytes the source sent."""
+    created_at: float
+    fetched_by: str = field(default="bootwright")
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def base_name(image_id: str) -> str:
+    """Return the file name of an image's base: Nova's, the SHA-1 of the id.
+
+    Only a name: nothing rests on the strength of the hash.
+    """
+    return hashlib.sha1(image_id.encode(), usedforsecurity=False).hexdigest()
+
+
+def manifest_path(base: Path) -> Path:
+    return base.with_name(base.name + ".json")
+
+
+def read(path: Path) -> Manifest | None:
+    """Return the manifest at `path`, None if there is none or it cannot be understood.
+
+    A manifest of a release that wrote other fields is as good as none: the
+    base is fetched anew, and nothing is guessed about it.
+    """
+    try:
+        manifest = _MANIFEST.validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return manifest if manifest.version == 1 else None
+
+
+def write(path: Path, manifest: Manifest) -> None:
+    write_durably(path, _MANIFEST.dump_json(manifest, indent=2))

@@ -1,0 +1,254 @@
+"""What can be configured: every option, with its meaning, unit, default and range.
+
+Names are Nova's where Nova has the option. Only declared here: reading and
+checking values is `agent.config`. An option is declared when something uses
+it, and not before.
+"""
+
+from typing import Final
+
+from keystoneauth1 import loading
+from oslo_config import cfg, types
+from oslo_privsep import priv_context
+
+from agent.config_files import ABSOLUTE_PATH, API
+from agent.job import GuestFormat
+from privsep.options import INSTANCES_PATH, SUBDIRECTORY_NAME
+
+_DEFAULT: Final[list[cfg.Opt]] = [
+    cfg.BoolOpt(
+        "debug",
+        default=False,
+        help="Log at DEBUG what the agent and the libraries it stands on do.",
+    ),
+    INSTANCES_PATH,
+    cfg.StrOpt(
+        "state_path",
+        default="/var/lib/bootwright",
+        regex=ABSOLUTE_PATH,
+        help="Directory of the journal of jobs: an absolute path on a local filesystem.",
+    ),
+    cfg.IntOpt(
+        "max_concurrent_builds",
+        default=10,
+        min=1,
+        max=1000,
+        help="How many jobs run at the same time; more of them wait in the queue.",
+    ),
+    cfg.BoolOpt(
+        "use_cow_images",
+        default=True,
+        help="What images_type = default in [libvirt] means: qcow2 (copy on write, disks share "
+        "the base) if true, raw (every disk is a full copy) if false.",
+    ),
+    cfg.StrOpt(
+        "default_ephemeral_format",
+        default=GuestFormat.EXT4.value,
+        choices=[
+            (GuestFormat.EXT4.value, "for Linux"),
+            (GuestFormat.XFS.value, "for Linux, large files"),
+            (GuestFormat.VFAT.value, "readable by every guest"),
+            (GuestFormat.NONE.value, "no file system: an empty disk"),
+        ],
+        help="File system an ephemeral disk is born with when the job names none.",
+    ),
+    cfg.IntOpt(
+        "drain_timeout",
+        default=30,
+        min=0,
+        max=3600,
+        help="Seconds that jobs get to reach a point from which they can go on after a restart, "
+        "when the agent is stopped. What is fetched by then is kept.",
+    ),
+]
+
+_LIBVIRT: Final[list[cfg.Opt]] = [
+    cfg.StrOpt(
+        "connection_uri",
+        default="qemu:///system",
+        regex=r"^[a-z+]+://",
+        help="URI of the libvirt daemon of this host.",
+    ),
+    cfg.StrOpt(
+        "virt_type",
+        default="kvm",
+        choices=[
+            ("kvm", "hardware virtualization"),
+            ("qemu", "emulation: slow, needs nothing of the processor"),
+        ],
+        help="Type of the domains.",
+    ),
+    cfg.StrOpt(
+        "images_type",
+        default="default",
+        choices=[
+            ("default", "what use_cow_images says"),
+            ("qcow2", "an overlay on the base in the image cache"),
+            ("raw", "a copy of the base, as a reflink where the filesystem can"),
+        ],
+        help="How disks are made when the job does not say.",
+    ),
+    cfg.ListOpt(
+        "disk_cachemodes",
+        default=["file=none"],
+        item_type=types.String(
+            regex=r"^(file|block|network)=(default|none|writethrough|writeback|directsync|unsafe)$"
+        ),
+        help="Cache mode per kind of disk, as kind=mode. Kinds: file, block, network. Modes are "
+        "QEMU's: default, none, writethrough, writeback, directsync, unsafe.",
+    ),
+    cfg.StrOpt(
+        "hw_disk_discard",
+        choices=[
+            ("ignore", "the disk keeps its size"),
+            ("unmap", "the disk gives the space back"),
+        ],
+        help="What happens when a guest discards blocks; QEMU's default if not set.",
+    ),
+    cfg.IntOpt(
+        "images_cpu_time_limit",
+        default=3600,
+        min=1,
+        max=7 * 86400,
+        help="Seconds of processor time one run of qemu-img may use.",
+    ),
+    cfg.IntOpt(
+        "images_address_space_limit",
+        default=2,
+        min=1,
+        max=1024,
+        help="GiB of address space one run of qemu-img may use.",
+    ),
+]
+
+_QEMU_IMG: Final[list[cfg.Opt]] = [
+    cfg.IntOpt(
+        "timeout",
+        default=7200,
+        min=1,
+        max=7 * 86400,
+        help="Seconds one run of qemu-img may take by the clock on the wall.",
+    ),
+]
+
+_IMAGE_CACHE: Final[list[cfg.Opt]] = [
+    SUBDIRECTORY_NAME,
+    cfg.BoolOpt(
+        "require_hash",
+        default=True,
+        help="Refuse images for which the image source has no hash. If false, only their length "
+        "is checked.",
+    ),
+    cfg.IntOpt(
+        "max_concurrent_fetches",
+        default=4,
+        min=1,
+        max=64,
+        help="How many images are fetched at the same time; more of them wait.",
+    ),
+]
+
+_IMAGES: Final[list[cfg.Opt]] = [
+    cfg.StrOpt(
+        "source",
+        default="glance",
+        choices=[
+            ("glance", "the image service, see [glance]"),
+            ("directory", "the local directory named here"),
+        ],
+        help="Where images come from.",
+    ),
+    cfg.StrOpt(
+        "directory",
+        default="/var/lib/bootwright/images",
+        regex=ABSOLUTE_PATH,
+        help="Directory of the images of source = directory: an absolute path. 'bootwright image "
+        "add' puts images there.",
+    ),
+]
+
+_GLANCE: Final[list[cfg.Opt]] = [
+    cfg.ListOpt(
+        "endpoint_override",
+        item_type=types.URI(schemes=["http", "https"]),
+        help="URLs of the image service, tried in turn; from the service catalog if not set.",
+    ),
+    cfg.IntOpt(
+        "num_retries",
+        default=3,
+        min=0,
+        max=1000,
+        help="How often a request is tried again. While an image is fetched, only attempts in a "
+        "row that brought no new byte count.",
+    ),
+    cfg.FloatOpt(
+        "timeout",
+        default=60.0,
+        min=1.0,
+        max=3600.0,
+        help="Seconds to wait for a connection and for the answer to a request.",
+    ),
+    cfg.FloatOpt(
+        "stall_timeout",
+        default=30.0,
+        min=1.0,
+        max=3600.0,
+        help="Seconds without a single byte after which a fetch is broken off and resumed.",
+    ),
+]
+
+# How the endpoint is found in the service catalog; retrying is not left to
+# keystoneauth, which does not know what was already received.
+_ADAPTER_OPTIONS: Final = ("service_type", "service_name", "valid_interfaces", "region_name")
+
+_DOCUMENTED_AUTH_TYPES: Final = ("password", "v3applicationcredential", "none")
+"""Those whose options the sample file shows; any other plugin works too."""
+
+PRIVSEP_SECTION: Final = "privsep_base_owner"
+
+
+def declared() -> dict[str, list[cfg.Opt]]:
+    """All options by section, without those of the authentication plugin."""
+    glance = [
+        *_GLANCE,
+        *(opt for opt in loading.get_session_conf_options() if opt.dest != "timeout"),
+        *_adapter_options(),
+        *loading.get_auth_common_conf_options(),
+    ]
+    return {
+        "DEFAULT": _DEFAULT,
+        "libvirt": _LIBVIRT,
+        "glance": glance,
+        "image_cache": _IMAGE_CACHE,
+        "images": _IMAGES,
+        "api": API,
+        "qemu_img": _QEMU_IMG,
+        PRIVSEP_SECTION: priv_context.OPTS,
+    }
+
+
+def auth_plugin(auth_type: str) -> list[cfg.Opt]:
+    """The options of keystoneauth's plugin `auth_type`.
+
+    Raises:
+        keystoneauth1.exceptions.NoMatchingPlugin: there is none of that name.
+    """
+    options: list[cfg.Opt] = loading.get_auth_plugin_conf_options(auth_type)
+    return options
+
+
+def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
+    """The options for oslo.config's generator: sample file and documentation."""
+    sections = declared()
+    sections["glance"] = [
+        *sections["glance"],
+        *(opt for auth_type in _DOCUMENTED_AUTH_TYPES for opt in auth_plugin(auth_type)),
+    ]
+    return list(sections.items())
+
+
+def _adapter_options() -> list[cfg.Opt]:
+    options = loading.get_adapter_conf_options(include_deprecated=False)
+    chosen = [opt for opt in options if opt.dest in _ADAPTER_OPTIONS]
+    cfg.set_defaults(chosen, service_type="image")
+    return chosen

@@ -1,0 +1,260 @@
+"""The qcow2 format, as far as the agent itself reads and writes it.
+
+Reads the header of an image, strictly: a header that breaks a rule of the
+specification, or asks for more than QEMU would give, is refused before any
+program of QEMU sees it. Writes new, empty disks. Data clusters are not its
+business. The specification is QEMU's docs/interop/qcow2.txt.
+"""
+
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent import files
+
+MAGIC = b"QFI\xfb"
+MAX_VIRTUAL_SIZE = 64 << 40
+"""Bytes; of the disks made here."""
+
+_HEADER_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
+_HEADER_V3 = struct.Struct(">QQQII")
+_EXTENSION = struct.Struct(">II")
+
+_EXTENSION_END = 0
+_EXTENSION_BACKING_FORMAT = 0xE2792ACA
+_EXTENSION_DATA_FILE = 0x44415441
+
+_CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in (1, 2, 3, 4))
+_KNOWN_INCOMPATIBLE = 0x1F
+
+# QEMU's own bounds (block/qcow2.h), so nothing it could open is refused here.
+_MAX_L1_BYTES = 32 << 20
+_MAX_REFCOUNT_BYTES = 8 << 20
+# QEMU takes 65,536; each costs it memory, and an image worth booting has few.
+_MAX_SNAPSHOTS = 1024
+_SNAPSHOT_ENTRY_MIN = 40
+
+_CLUSTER_BITS = 16
+_CLUSTER = 1 << _CLUSTER_BITS
+_MAX_BACKING_NAME = 1023
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """A header that passed `parse_header`; offsets and sizes are bytes."""
+
+    version: int
+    cluster_bits: int
+    virtual_size: int
+    l1_entries: int
+    l1_offset: int
+    extended_l2: bool
+    compression: str
+    """zlib or zstd."""
+
+
+def parse_header(data: bytes, file_size: int | None = None) -> Header:
+    """Return the header that stands at the start of an image.
+
+    Args:
+        data: the first bytes of the file; 64 KiB are always enough.
+        file_size: bytes, where it is known; then tables must end within.
+
+    Raises:
+        ValueError: the rule that is broken, with the byte it is broken at.
+    """
+    if data[:4] != MAGIC:
+        raise ValueError("there is no qcow2 magic (51 46 49 fb) at byte 0")
+    if len(data) < _HEADER_V2.size:
+        raise ValueError(f"the qcow2 header is cut short after {len(data)} of 72 bytes")
+    (
+        _, version, backing_offset, _, cluster_bits, virtual_size, encryption, l1_entries,
+        l1_offset, refcount_offset, refcount_clusters, snapshots, snapshots_offset,
+    ) = _HEADER_V2.unpack_from(data)  # fmt: skip
+    if backing_offset:
+        raise ValueError(
+            f"the qcow2 header names a backing file (offset {backing_offset:#x} at byte 8); "
+            "an image must be self-contained"
+        )
+    for what, value, least, most in (
+        ("version (byte 4)", version, 2, 3),
+        ("cluster_bits (byte 20)", cluster_bits, 9, 21),
+        ("encryption method (byte 32)", encryption, 0, 0),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"the qcow2 {what} is {value}, not {least} to {most}")
+    if virtual_size == 0 or virtual_size % 512:
+        raise ValueError(
+            f"the qcow2 virtual size is {virtual_size} (byte 24), not a multiple of 512 above 0"
+        )
+    cluster = 1 << cluster_bits
+    incompatible, compression, header_length = (
+        _parse_v3(data, cluster) if version == 3 else (0, 0, _HEADER_V2.size)
+    )
+    _check_extensions(data[:cluster], header_length)
+    extended_l2 = bool(incompatible & _EXTENDED_L2)
+    if extended_l2 and cluster_bits < 14:
+        raise ValueError(f"extended L2 entries need cluster_bits of 14, not {cluster_bits}")
+    per_l1_entry = cluster * (cluster // (16 if extended_l2 else 8))
+    for what, count, least, most in (
+        ("L1 entries (byte 36)", l1_entries, -(-virtual_size // per_l1_entry), _MAX_L1_BYTES // 8),
+        ("refcount clusters (byte 56)", refcount_clusters, 1, _MAX_REFCOUNT_BYTES // cluster),
+        ("snapshots (byte 60)", snapshots, 0, _MAX_SNAPSHOTS),
+    ):
+        if not least <= count <= most:
+            raise ValueError(f"the qcow2 header has {count} {what}, not {least} to {most}")
+    _check_tables(
+        (
+            ("L1", 40, l1_offset, l1_entries * 8),
+            ("refcount", 48, refcount_offset, refcount_clusters * cluster),
+            ("snapshot", 64, snapshots_offset, snapshots * _SNAPSHOT_ENTRY_MIN),
+        ),
+        cluster,
+        (1 << 63) - 1 if file_size is None else file_size,
+    )
+    return Header(
+        version=version,
+        cluster_bits=cluster_bits,
+        virtual_size=virtual_size,
+        l1_entries=l1_entries,
+        l1_offset=l1_offset,
+        extended_l2=extended_l2,
+        compression=("zlib", "zstd")[compression],
+    )
+
+
+def _parse_v3(data: bytes, cluster: int) -> tuple[int, int, int]:
+    """Return the incompatible features, the compression type and the header's length."""
+    if len(data) < 104:
+        raise ValueError(f"the qcow2 header is cut short after {len(data)} of 104 bytes")
+    incompatible, _, _, refcount_order, length = _HEADER_V3.unpack_from(data, 72)
+    if incompatible & _DATA_FILE:
+        raise ValueError(
+            "the qcow2 header asks for an external data file (incompatible feature bit 2 at "
+            "byte 79); an image must be self-contained"
+        )
+    if incompatible & _CORRUPT:
+        raise ValueError(
+            "the qcow2 image is marked corrupt (incompatible feature bit 1 at byte 79)"
+        )
+    if unknown := incompatible & ~_KNOWN_INCOMPATIBLE:
+        raise ValueError(
+            f"the qcow2 header has unknown incompatible features {unknown:#x} (bytes 72 to 79)"
+        )
+    if refcount_order > 6:
+        raise ValueError(f"the qcow2 refcount_order is {refcount_order} (byte 96), over 6")
+    if not 104 <= length <= min(cluster, len(data)) or length % 8:
+        raise ValueError(
+            f"the qcow2 header_length is {length} (byte 100), not a multiple of 8 from 104 to "
+            f"the end of the first cluster"
+        )
+    compression = data[104] if length > 104 else 0
+    if bool(incompatible & _COMPRESSION) != (compression != 0) or compression > 1:
+        raise ValueError(
+            f"the qcow2 compression type is {compression} (byte 104), and incompatible feature "
+            f"bit 3 is {'set' if incompatible & _COMPRESSION else 'clear'}"
+        )
+    return incompatible, compression, length
+
+
+def _check_extensions(data: bytes, position: int) -> None:
+    """Walk the header extensions; `data` ends with the first cluster or what is known of it."""
+    while position + _EXTENSION.size <= len(data):
+        kind, length = _EXTENSION.unpack_from(data, position)
+        if kind == _EXTENSION_END:
+            return
+        if kind == _EXTENSION_DATA_FILE:
+            raise ValueError(
+                f"the qcow2 header names an external data file (extension at byte {position}); "
+                "an image must be self-contained"
+            )
+        end = position + _EXTENSION.size + -(-length // 8) * 8
+        if end > len(data):
+            raise ValueError(
+                f"the qcow2 header extension {kind:#010x} at byte {position} has {length} bytes "
+                f"and runs past byte {len(data)}"
+            )
+        position = end
+
+
+def _check_tables(
+    tables: Iterable[tuple[str, int, int, int]], cluster: int, file_size: int
+) -> None:
+    for name, at, offset, length in tables:
+        if length and (offset == 0 or offset % cluster):
+            raise ValueError(
+                f"the qcow2 {name} table is at {offset:#x} (byte {at}), not on a cluster behind "
+                "the first"
+            )
+        if length and offset + length > file_size:
+            raise ValueError(
+                f"the qcow2 {name} table (byte {at}) ends at {offset + length}, beyond the "
+                f"file's {file_size} bytes"
+            )
+
+
+def create_overlay(
+    target: Path, *, virtual_size: int, backing_file: Path, backing_format: str, mode: int = 0o640
+) -> None:
+    """Make an empty disk over `backing_file`, durably; about 1 ms, no process, 12 KiB on disk.
+
+    The backing format stands in the header, so QEMU never guesses it. The
+    backing file is not opened. A target that exists is replaced.
+
+    Args:
+        virtual_size: bytes, exact: a multiple of 512, at most `MAX_VIRTUAL_SIZE`.
+
+    Raises:
+        ValueError: the size or the name of the backing file cannot be written
+            in a header.
+        InsufficientFreeSpace
+    """
+    name = os.fsencode(backing_file)
+    if not backing_file.is_absolute() or len(name) > _MAX_BACKING_NAME:
+        raise ValueError(
+            f"a backing file needs an absolute path of at most {_MAX_BACKING_NAME} bytes, "
+            f"not {backing_file}"
+        )
+    text = backing_format.encode("ascii")
+    extension = _EXTENSION.pack(_EXTENSION_BACKING_FORMAT, len(text))
+    _create(target, virtual_size, extension + text + bytes(-len(text) % 8), name, mode)
+
+
+def create_empty(target: Path, *, virtual_size: int, mode: int = 0o640) -> None:
+    """Make an empty disk that stands on nothing. Arguments and errors as `create_overlay`."""
+    _create(target, virtual_size, b"", b"", mode)
+
+
+def _create(
+    target: Path, virtual_size: int, extensions: bytes, backing_name: bytes, mode: int
+) -> None:
+    if not 0 < virtual_size <= MAX_VIRTUAL_SIZE or virtual_size % 512:
+        raise ValueError(
+            f"a virtual size is a multiple of 512 up to {MAX_VIRTUAL_SIZE}, not {virtual_size}"
+        )
+    # Cluster 0 holds the header, 1 the refcount table, 2 its only block (good
+    # for 32,768 clusters), and the L1 table follows. It is all zeros, so a hole.
+    l1_entries = -(-virtual_size // (_CLUSTER * (_CLUSTER // 8)))
+    clusters = 3 + -(-l1_entries * 8 // _CLUSTER)
+    extensions += _EXTENSION.pack(_EXTENSION_END, 0)
+    length = 112
+    backing_offset = length + len(extensions) if backing_name else 0
+    header = b"".join((
+        _HEADER_V2.pack(
+            MAGIC, 3, backing_offset, len(backing_name), _CLUSTER_BITS, virtual_size, 0,
+            l1_entries, 3 * _CLUSTER, 1 * _CLUSTER, 1, 0, 0,
+        ),
+        _HEADER_V3.pack(0, 0, 0, 4, length),
+        bytes(8),  # compression type zlib, and padding
+        extensions,
+        backing_name,
+    ))  # fmt: skip
+    with files.replacing(
+        target, needed=3 * files.BLOCK, what="creating the qcow2 disk", mode=mode
+    ) as fd:
+        os.ftruncate(fd, clusters * _CLUSTER)
+        os.pwrite(fd, header, 0)
+        os.pwrite(fd, struct.pack(">Q", 2 * _CLUSTER), _CLUSTER)
+        os.pwrite(fd, struct.pack(">H", 1) * clusters, 2 * _CLUSTER)

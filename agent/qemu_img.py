@@ -1,0 +1,210 @@
+"""qemu-img: what converts, describes and checks disk images for the agent.
+
+The format of every file is given, never guessed, and every run has limits:
+what it opens may be hostile, even if inspection has found nothing. Whether a
+file may be opened at all is the business of `inspection`.
+"""
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from agent import files, process
+from agent.cancellation import Cancellation
+from agent.errors import BackendError, BootwrightError, ImageUnacceptable
+from agent.process import Cause, ProgramFailed
+
+_LOOK_S = 30.0  # wall clock for reading some metadata; measured: 7 ms
+_FULL = ("no space left on device", "disk quota exceeded")
+# glib and QEMU abort when memory runs out, each with words of its own.
+_NO_MEMORY = ("allocate memory", "failed to allocate", "thread_create")
+_ROUNDING = 64 << 10  # O_DIRECT writes whole sectors or pages past an odd end
+
+
+class QemuImg:
+    """May be shared by threads. Limits are for each run on its own."""
+
+    def __init__(
+        self,
+        *,
+        program: str = "qemu-img",
+        cpu_s: int = 3600,
+        address_space: int = 1 << 30,
+        file_size: int | None = None,
+        timeout_s: float = 7200.0,
+    ) -> None:
+        """Sizes are bytes.
+
+        Args:
+            address_space: QEMU 7.2 converts at 256 MiB whatever was tried.
+            file_size: of the raw file, where `convert` is not told a smaller one.
+            timeout_s: wall clock of a conversion.
+        """
+        self._program = program
+        self._limits = process.Limits(cpu_s=cpu_s, address_space=address_space, file_size=file_size)
+        self._timeout_s = timeout_s
+        self._direct: dict[Path, bool] = {}
+        self._probing = threading.Lock()
+
+    def convert(
+        self,
+        source: Path,
+        source_format: str,
+        target: Path,
+        cancellation: Cancellation,
+        *,
+        virtual_size: int | None = None,
+    ) -> None:
+        """Write the content of `source` to `target` as a sparse raw file, durably.
+
+        `virtual_size` is what the header promised: the target may not become
+        larger. On failure the target is gone.
+
+        Raises:
+            ImageUnacceptable: QEMU cannot read the source, or it needs more
+                than a limit allows.
+            InsufficientFreeSpace
+            BackendError: qemu-img is missing or took too long.
+            BootwrightError: the reason of the cancellation.
+        """
+        file_size = self._limits.file_size
+        if virtual_size is not None:
+            file_size = virtual_size + _ROUNDING
+        limits = process.Limits(
+            cpu_s=self._limits.cpu_s,
+            address_space=self._limits.address_space,
+            file_size=file_size,
+        )
+        what = f"converting {source.name} from {source_format} to raw"
+        needed = virtual_size if virtual_size is not None else 0
+        # Past the page cache where the file system can: the base is not read
+        # again soon in full, and the memory belongs to the guests.
+        cache = "none" if self._supports_direct(target.parent) else "writeback"
+        try:
+            process.run(
+                [
+                    self._program, "convert", "-t", cache, "-f", source_format,
+                    "-O", "raw", "-S", "4k", source.absolute(), target.absolute(),
+                ],
+                timeout_s=self._timeout_s,
+                cancellation=cancellation,
+                limits=limits,
+            )  # fmt: skip
+            with files.reporting_no_space(target, needed, what):
+                _fsync(target)
+        except BaseException as e:
+            target.unlink(missing_ok=True)
+            if not isinstance(e, ProgramFailed):
+                raise
+            raise self._translated(e, what, limits, target, needed) from e
+
+    def info(self, path: Path, format_: str) -> dict[str, Any]:
+        """Return what `qemu-img info` says of one file, without its backing chain.
+
+        Raises:
+            ImageUnacceptable: QEMU cannot read it, or it needs too much.
+            BackendError: qemu-img is missing or took too long.
+        """
+        return self._look(path, format_, ["info", "--force-share"], accept=(0,))
+
+    def check(self, path: Path, format_: str) -> dict[str, Any]:
+        """Return what `qemu-img check` says; `corruptions` and `leaks` are absent if none.
+
+        Raises as `info`, also for formats that QEMU has no check for.
+        """
+        # 2 and 3: corruptions, leaked clusters. That is an answer, not a failure.
+        return self._look(path, format_, ["check", "--force-share"], accept=(0, 2, 3))
+
+    def _look(
+        self, path: Path, format_: str, command: list[str], accept: tuple[int, ...]
+    ) -> dict[str, Any]:
+        try:
+            completed = process.run(
+                [self._program, *command, "--output=json", "-f", format_, path.absolute()],
+                timeout_s=_LOOK_S,
+                limits=self._limits,
+                accept=accept,
+            )
+        except ProgramFailed as e:
+            what = f"running qemu-img {command[0]} on {path.name} as {format_}"
+            raise self._translated(e, what, self._limits, path, 0) from e
+        answer: dict[str, Any] = json.loads(completed.stdout)
+        return answer
+
+    def _translated(
+        self, error: ProgramFailed, what: str, limits: process.Limits, path: Path, needed: int
+    ) -> BootwrightError:
+        if error.cause is Cause.MISSING:
+            return BackendError(f"{what}: {error}", "install it and try again")
+        if error.cause is Cause.TIMEOUT:
+            return BackendError(
+                f"{what}: it was not done within its time limit",
+                "the disk may be overloaded; try again",
+            )
+        if any(words in error.stderr.lower() for words in _FULL):
+            return files.no_space(path, needed, files.free_bytes(path.parent), what)
+        if limit := _limit_reached(error, limits):
+            return ImageUnacceptable(
+                f"{what}: {limit}", "an honest image needs less; convert it to raw and upload that"
+            )
+        return ImageUnacceptable(
+            f"{what}: {error}", "the image is damaged or not what it claims to be"
+        )
+
+    def _supports_direct(self, directory: Path) -> bool:
+        """Return whether O_DIRECT writes work there (not on tmpfs, some network file systems)."""
+        with self._probing:
+            if directory not in self._direct:
+                self._direct[directory] = _probe_direct(directory)
+            return self._direct[directory]
+
+
+def _limit_reached(error: ProgramFailed, limits: process.Limits) -> str | None:
+    stderr = error.stderr.lower()
+    if error.cause is Cause.CPU:
+        return f"it used more than {limits.cpu_s} s of CPU"
+    # QEMU ignores SIGXFSZ, so the kernel's answer comes to it as EFBIG.
+    if error.cause is Cause.FILE_SIZE or "file too large" in stderr:
+        return f"its content is larger than the {limits.file_size} bytes a file may have"
+    if error.cause is Cause.OUTPUT:
+        return "it has more metadata than anybody would read"
+    if any(words in stderr for words in _NO_MEMORY):
+        return f"it needs more than {limits.address_space} bytes of address space"
+    return None
+
+
+def _probe_direct(directory: Path) -> bool:
+    """Opening is not enough to know: some file systems take the flag and refuse the write."""
+    probe = directory / f".direct.{os.getpid()}.{threading.get_ident()}.tmp"
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_DIRECT
+    # mmap gives memory on a page boundary, which O_DIRECT asks for.
+    with (
+        contextlib.closing(mmap.mmap(-1, files.BLOCK)) as page,
+        files.reporting_no_space(probe, files.BLOCK, "trying direct I/O at"),
+    ):
+        try:
+            fd = os.open(probe, flags, 0o600)
+            try:
+                os.write(fd, page)
+            finally:
+                os.close(fd)
+        except OSError as e:
+            if e.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return False
+            raise
+        finally:
+            probe.unlink(missing_ok=True)
+    return True
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

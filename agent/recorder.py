@@ -1,0 +1,99 @@
+"""The running record of one job: its phases, its result, how it ended.
+
+A phase is journaled when it begins; what is learned within a phase goes with
+the next entry. Progress is not journaled at all: it is true for a moment only.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from agent.errors import BootwrightError
+from agent.journal import Job, Journal
+from agent.report import ErrorReport, JobReport, PhaseReport, Progress, Status, TaskState
+
+
+class Recorder:
+    """Written by the thread that runs the job, read by any."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        job: Job,
+        *,
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._journal = journal
+        self._now = now
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._report = job.report
+        self._phases = {phase.phase: phase for phase in job.report.timeline}
+        self._began = clock()
+
+    @property
+    def report(self) -> JobReport:
+        with self._lock:
+            return self._report
+
+    def note(self, **fields: Any) -> None:
+        """Set fields of the report; durable with the next phase or the end."""
+        with self._lock:
+            self._report = self._report.model_copy(update=fields)
+
+    def progress(self, progress: Progress) -> None:
+        """Show how far it is; a phase that has not been recorded yet begins."""
+        if progress.phase is not self.report.task_state:
+            self.phase(progress.phase)
+        self.note(progress=progress)
+
+    def count(self, *, received: int, resumed: int) -> None:
+        """Add to the bytes of the phase in which they came."""
+        if not received and not resumed:
+            return
+        phase = TaskState.IMAGE_DOWNLOADING
+        known = self._phases.get(phase) or PhaseReport(phase=phase, seconds=0)
+        self._phases[phase] = known.model_copy(
+            update={"bytes": known.bytes + received, "resumed": known.resumed + resumed}
+        )
+
+    def phase(self, phase: TaskState) -> None:
+        """Begin `phase`, durably. A phase that was there before goes on."""
+        self._close_phase()
+        self.note(status=Status.BUILD, task_state=phase)
+        self._write(phase.value.replace("_", " "))
+
+    def finish(self, status: Status, message: str, error: BootwrightError | None = None) -> None:
+        """Record how the job ended, durably."""
+        self._close_phase()
+        ended_in = self.report.task_state
+        self.note(
+            status=status,
+            task_state=None,
+            error=None
+            if error is None
+            else ErrorReport(
+                code=error.code,
+                message=error.message,
+                hint=error.hint,
+                retriable=error.retriable,
+                phase=ended_in,
+            ),
+        )
+        self._write(message)
+
+    def _close_phase(self) -> None:
+        now = self._clock()
+        phase = self.report.task_state
+        if phase is not None:
+            known = self._phases.get(phase) or PhaseReport(phase=phase, seconds=0)
+            seconds = round(known.seconds + now - self._began, 6)
+            self._phases[phase] = known.model_copy(update={"seconds": seconds})
+        self._began = now
+        self.note(timeline=tuple(self._phases.values()), progress=None)
+
+    def _write(self, message: str) -> None:
+        self.note(updated_at=self._now())
+        self._journal.record(self.report, message)

@@ -1,0 +1,135 @@
+"""What the agent says about a job: its status, its phases and its result.
+
+These are the words of the contract (docs/job.md); the journal stores them, the
+API sends them and the command line prints them, unchanged. Sizes are bytes,
+times are seconds, instants are seconds since the epoch.
+"""
+
+import enum
+
+from pydantic import BaseModel, ConfigDict
+
+from agent.job import Action
+
+
+class Status(enum.StrEnum):
+    QUEUED = "QUEUED"
+    BUILD = "BUILD"
+    ACTIVE = "ACTIVE"
+    DONE = "DONE"
+    ERROR = "ERROR"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def final(self) -> bool:
+        return self not in (Status.QUEUED, Status.BUILD)
+
+
+class TaskState(enum.StrEnum):
+    """What a job in BUILD is doing; Nova's words."""
+
+    IMAGE_RESOLVING = "image_resolving"
+    IMAGE_DOWNLOADING = "image_downloading"
+    IMAGE_VERIFYING = "image_verifying"
+    BLOCK_DEVICE_MAPPING = "block_device_mapping"
+    SPAWNING = "spawning"
+    DELETING = "deleting"
+
+
+class Role(enum.StrEnum):
+    KERNEL = "kernel"
+    RAMDISK = "ramdisk"
+    ROOT = "root"
+    EPHEMERAL = "ephemeral"
+    SWAP = "swap"
+    CONFIG_DRIVE = "config_drive"
+
+
+class _Report(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InstanceReport(_Report):
+    uuid: str
+    name: str
+
+
+class ImageReport(_Report):
+    id: str
+    digest: str | None = None
+    """`algorithm:hex` of the bytes the image source delivered."""
+    source: str | None = None
+    """`cache`, or the image source the bytes came from in this job."""
+
+
+class ChainLink(_Report):
+    path: str
+    format: str
+
+
+class DiskReport(_Report):
+    role: Role
+    device_name: str | None
+    """As the guest is likely to see it; None for kernel and ramdisk."""
+    path: str
+    format: str
+    virtual_size: int
+    backing_chain: tuple[ChainLink, ...] = ()
+    """From the disk's own backing file down to the last."""
+
+
+class DomainReport(_Report):
+    uuid: str
+    state: str
+    """libvirt's word: running, shut off, paused …"""
+
+
+class PhaseReport(_Report):
+    phase: TaskState
+    seconds: float
+    bytes: int = 0
+    """Received from the image source."""
+    resumed: int = 0
+    """Bytes an earlier attempt had already received and that were not asked for again."""
+
+
+class ErrorReport(_Report):
+    code: str
+    message: str
+    hint: str = ""
+    retriable: bool = False
+    phase: TaskState | None = None
+
+
+class Progress(_Report):
+    """Where a running job is; the newest value, not a history."""
+
+    phase: TaskState
+    role: Role | None = None
+    bytes_done: int = 0
+    bytes_total: int | None = None
+    rate: float = 0.0
+    """Bytes a second over the last few seconds."""
+    last_byte_at: float | None = None
+
+
+class JobReport(_Report):
+    """One job, as `bootwright job show --format json` prints it."""
+
+    id: str
+    action: Action
+    status: Status
+    task_state: TaskState | None = None
+    request_id: str
+    idempotency_key: str | None = None
+    created_at: float
+    updated_at: float
+    instance: InstanceReport | None = None
+    image: ImageReport | None = None
+    disks: tuple[DiskReport, ...] = ()
+    domain: DomainReport | None = None
+    domain_xml: str | None = None
+    """Only for action prepare, or when the domain was not to be defined."""
+    timeline: tuple[PhaseReport, ...] = ()
+    progress: Progress | None = None
+    error: ErrorReport | None = None

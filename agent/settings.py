@@ -1,0 +1,96 @@
+"""What the configuration comes to: plain values for the components to be built from.
+
+Made by `agent.config`, taken apart by `main`; no component sees more than its
+own arguments. Times are seconds, sizes are bytes.
+"""
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+
+from keystoneauth1.session import Session
+
+from agent.job import GuestFormat, ImagesType
+
+
+class ImageSourceName(enum.StrEnum):
+    GLANCE = "glance"
+    DIRECTORY = "directory"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LibvirtSettings:
+    connection_uri: str
+    virt_type: str
+    """kvm or qemu."""
+    images_type: ImagesType
+    """What a job that names none gets."""
+    cache_mode: str
+    """Of disks that are files."""
+    discard: str | None
+    """ignore or unmap; None leaves it to QEMU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GlanceSettings:
+    session: Session
+    """Authenticates as configured; has not yet spoken to anybody."""
+    endpoints: tuple[str, ...]
+    """Tried in turn; empty: the service catalog knows."""
+    service_type: str
+    service_name: str | None
+    interfaces: tuple[str, ...]
+    """Of the service catalog, the best first; empty for keystoneauth's choice."""
+    region_name: str | None
+    num_retries: int
+    timeout_s: float
+    """For a connection and for an answer."""
+    stall_timeout_s: float
+    """Without a single byte."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImagesSettings:
+    source: ImageSourceName
+    directory: Path
+    glance: GlanceSettings | None
+    """None unless images come from there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageCacheSettings:
+    directory: Path
+    require_hash: bool
+    max_concurrent_fetches: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QemuImgSettings:
+    """Limits of one run of qemu-img."""
+
+    cpu_time_s: int
+    address_space: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApiSettings:
+    socket: Path
+    socket_group: str | None
+    metrics_listen: tuple[str, int] | None
+    """IP address and port."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    debug: bool
+    instances_path: Path
+    state_path: Path
+    max_concurrent_builds: int
+    default_ephemeral_format: GuestFormat
+    drain_timeout_s: float
+    libvirt: LibvirtSettings
+    images: ImagesSettings
+    image_cache: ImageCacheSettings
+    qemu_img: QemuImgSettings
+    api: ApiSettings

@@ -1,0 +1,114 @@
+"""What the agent says about itself and about what it holds: all answers of the API but jobs.
+
+Like `agent.report`, these are words of the contract: the command line prints
+them unchanged. Sizes are bytes, instants are seconds since the epoch.
+"""
+
+import enum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from agent.report import DiskReport, Status, TaskState
+
+
+class _View(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Event(_View):
+    """One change of one job."""
+
+    seq: int
+    """Counts up over all jobs and restarts; where to go on after a lost connection."""
+    time: float
+    job_id: str
+    status: Status
+    task_state: TaskState | None = None
+    message: str = ""
+
+
+class ImageState(enum.StrEnum):
+    AVAILABLE = "available"
+    """The image source has it, this host does not."""
+    FETCHING = "fetching"
+    CACHED = "cached"
+
+
+class ImageEntry(_View):
+    """One image as this host has it; `path` and below are None until it is cached."""
+
+    id: str
+    state: ImageState
+    name: str | None = None
+    source: str | None = None
+    """The image source its bytes came from, or would."""
+    path: str | None = None
+    format: str | None = None
+    virtual_size: int | None = None
+    disk_usage: int | None = None
+    """What its base takes from the filesystem."""
+    digest: str | None = None
+    """`algorithm:hex` of the bytes the image source delivered."""
+    committed_at: float | None = None
+    last_used_at: float | None = None
+    instances: tuple[str, ...] = ()
+    """UUIDs of the instances that stand on it."""
+
+
+class Fetch(_View):
+    """One image on its way into the cache."""
+
+    image_id: str
+    bytes_done: int = 0
+    bytes_total: int | None = None
+    rate: float = 0.0
+    """Bytes a second over the last few seconds."""
+    waiters: int = 0
+    """Jobs that wait for it."""
+
+
+class CacheStatus(_View):
+    directory: str
+    entries: int
+    disk_usage: int
+    """What all bases take from the filesystem."""
+    free_space: int
+    """What the filesystem has left for the agent."""
+    fetching: tuple[Fetch, ...] = ()
+
+
+class InstanceView(_View):
+    uuid: str
+    name: str
+    state: str | None
+    """libvirt's word: running, shut off …; None when there is no domain."""
+    job_id: str
+    created_at: float
+    image_id: str | None = None
+    disks: tuple[DiskReport, ...] = ()
+    metadata: dict[str, str] = Field(default_factory=dict)
+
+
+class Check(_View):
+    """Something the agent needs, and whether it is there."""
+
+    name: str
+    ok: bool
+    message: str = ""
+    hint: str = ""
+
+
+class AgentStatus(_View):
+    version: str
+    pid: int
+    started_at: float
+    draining: bool = False
+    jobs: dict[Status, int] = Field(default_factory=dict)
+    """How many jobs there are of each status; those there are none of may be missing."""
+    instances: int = 0
+    cache: CacheStatus
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def degraded(self) -> bool:
+        return self.draining or not all(check.ok for check in self.checks)

@@ -1,0 +1,260 @@
+"""The hypervisor and the domains of domain_xml against a real libvirtd and QEMU."""
+
+import dataclasses
+import os
+import pwd
+import signal
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent import qcow2
+from agent.disk import Disk, Link
+from agent.domain_xml import DomainSpec, build
+from agent.errors import HypervisorError, InstanceExists, InvalidJob
+from agent.hardware import Hardware, assign_devices
+from agent.hypervisor import Hypervisor
+from agent.report import Role
+from functional.harness.libvirtd import PrivateLibvirtd
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def root() -> Iterator[Path]:
+    """Short and open to everybody on the way, which pytest's own directories are not."""
+    with tempfile.TemporaryDirectory(prefix="bw-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def libvirtd(root: Path) -> Iterator[PrivateLibvirtd]:
+    with PrivateLibvirtd(root / "v") as libvirtd:
+        yield libvirtd
+
+
+@pytest.fixture
+def hypervisor(libvirtd: PrivateLibvirtd) -> Iterator[Hypervisor]:
+    hypervisor = Hypervisor(libvirtd.uri, virt_type="qemu")
+    yield hypervisor
+    for domain in hypervisor.domains():
+        hypervisor.destroy(domain.uuid)
+        hypervisor.undefine(domain.uuid)
+    hypervisor.close()
+
+
+def new_spec(root: Path, properties: dict[str, str] | None = None) -> DomainSpec:
+    """A guest of which all four kinds of disk exist, and none has anything to boot."""
+    domain_uuid = str(uuid.uuid4())
+    directory = root / domain_uuid
+    directory.mkdir(mode=0o711)
+    base = directory / "base"
+    sizes = {"base": MIB, "disk.eph0": MIB, "disk.config": MIB, "console.log": 0}
+    for name, size in sizes.items():
+        (directory / name).touch(mode=0o640)
+        os.truncate(directory / name, size)
+    qcow2.create_overlay(
+        directory / "disk", virtual_size=4 * MIB, backing_file=base, backing_format="raw"
+    )
+    hardware = Hardware.wanted_by(properties or {})
+    disks = (
+        Disk(
+            role=Role.ROOT,
+            path=directory / "disk",
+            format="qcow2",
+            virtual_size=4 * MIB,
+            backing_chain=(Link(path=base, format="raw"),),
+        ),
+        *(
+            Disk(role=role, path=directory / name, format="raw", virtual_size=MIB, read_only=fixed)
+            for role, name, fixed in (
+                (Role.EPHEMERAL, "disk.eph0", False),
+                (Role.CONFIG_DRIVE, "disk.config", True),
+            )
+        ),
+    )
+    return DomainSpec(
+        uuid=domain_uuid,
+        name=f"guest-{domain_uuid[:8]}",
+        job_id=str(uuid.uuid4()),
+        image_id="image",
+        image_digest=None,
+        virt_type="qemu",
+        vcpus=1,
+        ram_mib=256,
+        disks=assign_devices(disks, hardware),
+        hardware=hardware,
+        console_log=directory / "console.log",
+        cache_mode="writeback",
+        discard="unmap",
+    )
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [
+        {},
+        {"hw_disk_bus": "scsi"},
+        {"hw_disk_bus": "sata"},
+        {"hw_disk_bus": "ide"},
+        {"hw_machine_type": "pc"},
+        {"hw_cdrom_bus": "usb"},
+    ],
+    ids=str,
+)
+def test_qemu_runs_every_machine_an_image_may_ask_for(
+    hypervisor: Hypervisor, root: Path, properties: dict[str, str]
+) -> None:
+    spec = new_spec(root, properties)
+    hypervisor.define(build(spec))
+    hypervisor.start(spec.uuid)
+    hypervisor.start(spec.uuid)
+    assert hypervisor.state(spec.uuid) == "running"
+    hypervisor.destroy(spec.uuid)
+    hypervisor.destroy(spec.uuid)
+    assert hypervisor.state(spec.uuid) == "shut off"
+    hypervisor.undefine(spec.uuid)
+    assert hypervisor.state(spec.uuid) is None
+
+
+def test_uefi_guest_is_undefined_with_its_nvram(
+    hypervisor: Hypervisor, root: Path, libvirtd: PrivateLibvirtd
+) -> None:
+    if not Path("/usr/share/qemu/firmware").is_dir():
+        refuse = pytest.fail if os.environ.get("CI") else pytest.skip
+        refuse("there is no UEFI firmware (Debian package ovmf)")
+    spec = new_spec(root, {"hw_firmware_type": "uefi"})
+    hypervisor.define(build(spec))
+    hypervisor.start(spec.uuid)
+    nvram = root / "v/lib/qemu/nvram"
+    assert [path.name for path in nvram.iterdir()] == [f"{spec.name}_VARS.fd"]
+    hypervisor.destroy(spec.uuid)
+    hypervisor.undefine(spec.uuid)
+    assert list(nvram.iterdir()) == []
+
+
+def test_group_of_qemu_may_read_the_console_of_a_running_guest(
+    hypervisor: Hypervisor, root: Path
+) -> None:
+    spec = new_spec(root)
+    hypervisor.define(build(spec))
+    hypervisor.start(spec.uuid)
+    # SeaBIOS says nothing on a serial port; what counts is who may look.
+    assert spec.console_log.stat().st_mode & 0o777 == 0o640
+
+
+def test_connection_is_opened_again_after_libvirtd_was_restarted(
+    hypervisor: Hypervisor, root: Path, libvirtd: PrivateLibvirtd
+) -> None:
+    spec = new_spec(root)
+    hypervisor.define(build(spec))
+    hypervisor.start(spec.uuid)
+    libvirtd.stop()
+    try:
+        for _ in range(2):
+            with pytest.raises(HypervisorError) as caught:
+                hypervisor.state(spec.uuid)
+            assert libvirtd.uri in caught.value.message
+            assert "systemctl status libvirtd" in caught.value.hint
+    finally:
+        libvirtd.start()
+    assert hypervisor.state(spec.uuid) == "running"
+
+
+def test_restart_between_two_calls_is_not_even_noticed(
+    hypervisor: Hypervisor, libvirtd: PrivateLibvirtd
+) -> None:
+    hypervisor.version()
+    libvirtd.stop()
+    libvirtd.start()
+    assert "QEMU" in hypervisor.version()
+
+
+def test_libvirtd_that_hangs_costs_the_limit_and_no_more(
+    root: Path, libvirtd: PrivateLibvirtd
+) -> None:
+    hypervisor = Hypervisor(libvirtd.uri, virt_type="qemu", look_limit_s=0.5)
+    hypervisor.version()
+    pid = int((root / "v/libvirtd.pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        for _ in range(3):
+            with pytest.raises(HypervisorError, match="no answer"):
+                hypervisor.version()
+        assert time.monotonic() - began < 5
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert "QEMU" in hypervisor.version()
+    hypervisor.close()
+
+
+def test_foreign_domain_keeps_its_name(hypervisor: Hypervisor, root: Path) -> None:
+    spec = new_spec(root)
+    hypervisor.define(build(spec))
+    hypervisor.define(build(spec))
+    with pytest.raises(InstanceExists, match=spec.uuid):
+        hypervisor.define(build(dataclasses.replace(spec, uuid=str(uuid.uuid4()))))
+    with pytest.raises(InstanceExists, match=spec.name):
+        hypervisor.define(build(dataclasses.replace(spec, name="other")))
+
+
+def test_domain_that_libvirt_cannot_read_is_told_in_its_words(
+    hypervisor: Hypervisor, root: Path
+) -> None:
+    spec = new_spec(root)
+    with pytest.raises(HypervisorError, match="unknown clock offset 'moon'"):
+        hypervisor.define(build(spec).replace('offset="utc"', 'offset="moon"'))
+    with pytest.raises(InvalidJob, match="libvirt does not accept"):
+        hypervisor.define(build(spec).replace("<vcpu>1</vcpu>", "<vcpu>few</vcpu>"))
+
+
+def test_missing_disk_fails_the_start_by_its_name(hypervisor: Hypervisor, root: Path) -> None:
+    spec = new_spec(root)
+    hypervisor.define(build(spec))
+    (root / spec.uuid / "disk").unlink()
+    with pytest.raises(HypervisorError, match=f"{spec.uuid}/disk"):
+        hypervisor.start(spec.uuid)
+
+
+def test_user_outside_the_group_is_told_about_it(libvirtd: PrivateLibvirtd) -> None:
+    nobody = pwd.getpwnam("nobody")
+    read_end, write_end = os.pipe()
+    if os.fork() == 0:
+        os.setgroups([])
+        os.setresgid(nobody.pw_gid, nobody.pw_gid, nobody.pw_gid)
+        os.setresuid(nobody.pw_uid, nobody.pw_uid, nobody.pw_uid)
+        try:
+            Hypervisor(libvirtd.uri, virt_type="qemu").version()
+        except HypervisorError as e:
+            os.write(write_end, str(e).encode())
+        os._exit(0)
+    os.wait()
+    os.close(write_end)
+    with os.fdopen(read_end, encoding="utf-8") as answer:
+        text = answer.read()
+    assert "Permission denied" in text
+    assert "group libvirt" in text
+
+
+def test_several_guests_start_at_once(hypervisor: Hypervisor, root: Path) -> None:
+    specs = [new_spec(root) for _ in range(3)]
+
+    def boot(spec: DomainSpec) -> None:
+        hypervisor.define(build(spec))
+        hypervisor.start(spec.uuid)
+
+    threads = [threading.Thread(target=boot, args=(spec,)) for spec in specs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {spec.uuid: hypervisor.state(spec.uuid) for spec in specs} == {
+        spec.uuid: "running" for spec in specs
+    }

@@ -1,0 +1,230 @@
+"""The unit as it ships, started by a real systemd.
+
+The only change is a drop-in that names the console script of the environment
+under test, and lets the unit's sandbox see that environment.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import pwd
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from agent import privileges
+from functional.harness import nspawn
+
+CHECKOUT: Final = Path(__file__).parent.parent
+ENVIRONMENT: Final = Path(sys.prefix)
+AGENT: Final = f"{ENVIRONMENT}/bin/bootwright agent --config-file /etc/bootwright/bootwright.conf"
+
+SOCKET: Final = "/run/bootwright/api.sock"
+CONFIGURATION: Final = f"""\
+[api]
+socket = {SOCKET}
+[images]
+source = directory
+directory = /var/lib/bootwright/images
+"""
+STOPPED: Final = "/var/lib/bootwright/stopped"
+# The environment may stand in a home or a temporary directory, both of which
+# the unit hides. systemd forgets a unit that was stopped and that nothing else
+# names, so how it ended is written down as it ends.
+DROP_IN: Final = f"""\
+[Service]
+ExecStart=
+ExecStart={AGENT}
+ProtectHome=tmpfs
+BindReadOnlyPaths={ENVIRONMENT} {CHECKOUT}
+ExecStopPost=/bin/sh -c 'echo ${{SERVICE_RESULT}} ${{EXIT_CODE}} ${{EXIT_STATUS}} >{STOPPED}'
+"""
+IMAGE_ID: Final = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
+BASE: Final = "/var/lib/bootwright/instances/_base/0d5e6b61602d758984b3bf038267614d6016eb2a"
+QEMU_USER: Final = "libvirt-qemu"
+WAIT_S: Final = 60.0
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket; the machine has no other way in."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=WAIT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(os.fspath(self._path))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Service:
+    """bootwright.service in a machine."""
+
+    machine: nspawn.Machine
+
+    def systemctl(self, verb: str) -> None:
+        self.machine.run(["systemctl", verb, "bootwright.service"])
+
+    def property(self, name: str) -> str:
+        argv = ["systemctl", "show", "--value", f"--property={name}", "bootwright.service"]
+        return self.machine.run(argv).stdout.strip()
+
+    def request(self, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
+        connection = UnixConnection(self.machine.path(SOCKET))
+        connection.request(method, path, body, {"Content-Type": "application/octet-stream"})
+        response = connection.getresponse()
+        content = response.read()
+        connection.close()
+        is_json = "json" in (response.getheader("Content-Type") or "")
+        return response.status, json.loads(content) if is_json else content
+
+    def fetch(self, image_id: str) -> dict[str, Any]:
+        """Have the image in the cache; the report of the job that saw to it."""
+        status, job = self.request("POST", f"/v1/images/{image_id}/fetch")
+        assert status == 202, job
+        status, job = self.request("GET", f"/v1/jobs/{job['id']}/wait?timeout={WAIT_S:.0f}")
+        assert (status, job["status"]) == (200, "DONE"), job
+        return dict(job)
+
+    def process(self, pid: int) -> Path:
+        return self.machine.path(f"/proc/{pid}")
+
+    def main_pid(self) -> int:
+        return int(self.property("MainPID"))
+
+    def helper_pid(self) -> int:
+        [pid] = (
+            (self.process(self.main_pid()) / f"task/{self.main_pid()}/children").read_text().split()
+        )
+        return int(pid)
+
+    def journal(self) -> str:
+        return self.machine.run(["journalctl", "--unit=bootwright", "--no-pager"]).stdout
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[nspawn.Machine]:
+    if os.getuid() != 0:
+        reason = "needs root, to boot a machine"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with nspawn.booted(visible=[ENVIRONMENT, CHECKOUT]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def installed(machine: nspawn.Machine) -> Service:
+    """What a package would install, and a configuration."""
+    for source, target in (
+        ("bootwright.service", "/etc/systemd/system/bootwright.service"),
+        ("bootwright.sysusers", "/etc/sysusers.d/bootwright.conf"),
+        ("bootwright.tmpfiles", "/etc/tmpfiles.d/bootwright.conf"),
+    ):
+        destination = machine.path(target)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        destination.write_text((CHECKOUT / "etc" / source).read_text())
+    drop_in = machine.path("/etc/systemd/system/bootwright.service.d/environment.conf")
+    drop_in.parent.mkdir()
+    drop_in.write_text(DROP_IN)
+    machine.run(["systemd-sysusers"])
+    machine.run(["systemd-tmpfiles", "--create", "/etc/tmpfiles.d/bootwright.conf"])
+    machine.path("/etc/bootwright/bootwright.conf").write_text(CONFIGURATION)
+    machine.run(["systemctl", "daemon-reload"])
+    return Service(machine=machine)
+
+
+@pytest.fixture
+def service(installed: Service) -> Iterator[Service]:
+    """The service, started; stopped and forgotten afterwards."""
+    try:
+        installed.systemctl("start")
+    except AssertionError as error:
+        raise AssertionError(installed.journal()) from error
+    yield installed
+    installed.systemctl("stop")
+    installed.machine.run(["systemctl", "reset-failed", "bootwright.service"], check=False)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_started_service_is_ready_and_answers(service: Service) -> None:
+    # For Type=notify "start" returns when READY has come.
+    assert service.property("ActiveState") == "active"
+    assert service.property("SubState") == "running"
+    assert service.property("StatusText")
+    assert service.request("GET", "/healthz")[0] == 200
+
+
+def test_only_the_helper_holds_a_capability(service: Service) -> None:
+    agent, helper = service.process(service.main_pid()), service.process(service.helper_pid())
+    threads = [(task / "status").read_text() for task in (agent / "task").iterdir()]
+    assert len(threads) > 1
+    assert [privileges.held_capabilities(status) for status in threads] == [[]] * len(threads)
+    assert all("\nNoNewPrivs:\t1\n" in status for status in threads)
+    assert privileges.held_capabilities((helper / "status").read_text()) == ["CAP_FOWNER"]
+    user = int(service.machine.run(["id", "--user", "bootwright"]).stdout)
+    assert agent.stat().st_uid == user
+    assert user != 0
+
+
+def test_helper_refreshes_a_base_that_belongs_to_qemu(service: Service) -> None:
+    content = hashlib.sha512(b"base").digest() * 1024
+    query = f"id={IMAGE_ID}&name=tiny&disk_format=raw"
+    status, answer = service.request("POST", f"/v1/images?{query}", content)
+    assert status == 201, answer
+    service.fetch(IMAGE_ID)
+    base = service.machine.path(BASE)
+    assert base.read_bytes() == content
+    # What libvirt does when a domain that stands on the base starts.
+    qemu = int(service.machine.run(["id", "--user", QEMU_USER]).stdout)
+    os.chown(base, qemu, pwd.getpwnam(QEMU_USER).pw_uid)
+    os.utime(base, (1, 1))
+
+    service.fetch(IMAGE_ID)
+
+    assert base.stat().st_mtime > 1
+    assert base.stat().st_uid == qemu
+
+
+def test_dead_helper_brings_a_new_agent(service: Service) -> None:
+    before = service.main_pid()
+    service.machine.run(["kill", f"-{signal.SIGKILL}", str(service.helper_pid())])
+    eventually(lambda: service.property("SubState") == "running" and service.main_pid() != before)
+    assert service.property("NRestarts") == "1"
+    helper = service.process(service.helper_pid())
+    assert privileges.held_capabilities((helper / "status").read_text()) == ["CAP_FOWNER"]
+
+
+def test_stop_is_clean(service: Service) -> None:
+    helper = service.process(service.helper_pid())
+    service.systemctl("stop")
+    assert service.property("ActiveState") == "inactive"
+    assert service.machine.path(STOPPED).read_text() == "success exited 0\n"
+    assert not helper.exists()
+    assert not service.machine.path(SOCKET).exists()
+
+
+def test_unit_is_well_formed_and_hardened(installed: Service) -> None:
+    unit = "bootwright.service"
+    verdict = installed.machine.run(["systemd-analyze", "verify", "--man=no", unit])
+    assert "bootwright" not in verdict.stderr
+    report = installed.machine.run(["systemd-analyze", "security", "--no-pager", unit]).stdout
+    summary = report.splitlines()[-1]
+    print(summary)  # noqa: T201 - a figure for the reader of the test's report
+    assert float(summary.split(":")[1].split()[0]) < 2.5

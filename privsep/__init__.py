@@ -1,0 +1,64 @@
+"""The whole elevated surface of Bootwright.
+
+Every function that runs with a capability stands in this package, takes names
+and not paths, and decides for itself whether it may act: whoever calls it may
+have been taken over. One context holds exactly one capability.
+
+Nothing here starts or stops the helper (`agent.privileges` does), and nothing
+here imports the agent: what the helper loads is what it can be made to run.
+
+Arguments, results and exceptions travel as msgpack: `str`, `int`, `bool`,
+`bytes`, `dict` and tuples, and exceptions of the standard library only.
+"""
+
+from collections.abc import Callable
+from typing import Final, ParamSpec, TypeVar, cast
+
+from oslo_config import cfg
+from oslo_privsep import capabilities
+from oslo_privsep.priv_context import Method, PrivContext
+
+from privsep import options
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+CALL_TIMEOUT: Final = 10.0
+"""Seconds until a call that does not come back (a dead network filesystem) is given up."""
+
+
+class HelperContext(PrivContext):
+    """A context that never turns to sudo unless it was told to.
+
+    oslo.privsep answers a missing helper by running ``sudo privsep-helper``.
+    On a host set up for a forked helper that is at best a password prompt
+    nobody sees and at worst a helper with more power than was meant.
+    """
+
+    def start(self, method: Method = Method.ROOTWRAP) -> None:
+        """Start the helper.
+
+        Raises:
+            ConnectionError: the helper would have to be started by a command
+                and none is configured. Any call through the context raises
+                it when the helper was never started or is dead.
+        """
+        if method is Method.ROOTWRAP and not self.conf.helper_command:
+            raise ConnectionError(f"[{self.cfg_section}] the privileged helper is not running")
+        super().start(method)
+
+
+base_owner = HelperContext(
+    "privsep",
+    cfg_section="privsep_base_owner",
+    pypath="privsep.base_owner",
+    capabilities=[capabilities.CAP_FOWNER],
+    timeout=CALL_TIMEOUT,
+)
+
+options.register(cfg.CONF)
+
+
+def entrypoint(function: Callable[P, R]) -> Callable[P, R]:
+    """Run `function` in the helper of `base_owner`; its signature stays visible."""
+    return cast("Callable[P, R]", base_owner.entrypoint(function))

@@ -1,0 +1,135 @@
+"""A program that starts the helper as the agent does and prints what it sees, as JSON.
+
+Not a test: test_privileges.py runs it as the service user, since a test run
+can give up its privileges only once.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from oslo_config import cfg
+
+from agent import privileges
+from privsep import base_images
+
+FOREIGN = "0d5e6b61602d758984b3bf038267614d6016eb2a"
+WAIT_S = 10.0
+
+
+def holdings() -> dict[str, list[str]]:
+    """Capabilities of every thread of this process, by the thread's number."""
+    return {
+        task.name: privileges.held_capabilities((task / "status").read_text())
+        for task in Path("/proc/self/task").iterdir()
+    }
+
+
+def helper() -> int:
+    """The helper's process id: this process has no other child."""
+    [pid] = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return int(pid)
+
+
+def refusal(name: object) -> str:
+    """The class of what `touch` raised for `name`, "" if it did not."""
+    try:
+        base_images.touch(name)  # type: ignore[arg-type]  # wrong types are refused too
+    except Exception as error:  # noqa: BLE001 - its class is the result
+        return type(error).__name__
+    return ""
+
+
+def touch(*names: str) -> dict[str, object]:
+    """Start as the agent does; touch each of `names` and all that must be refused."""
+    privileges.start_helper()
+    started = threading.Event()
+    thread = threading.Thread(target=started.wait, name="late")
+    thread.start()
+    try:
+        os.utime(Path(cfg.CONF.instances_path, "_base", FOREIGN))
+        own_attempt = ""
+    except OSError as error:
+        own_attempt = type(error).__name__
+    status = Path(f"/proc/{helper()}/status").read_text()
+    result = {
+        "own_attempt": own_attempt,
+        "refusals": {name: refusal(name) for name in names},
+        "not_a_string": [refusal(None), refusal(40), refusal(FOREIGN.encode())],
+        "holdings": holdings(),
+        "helper_holds": privileges.held_capabilities(status),
+        "uid": os.getuid(),
+    }
+    privileges.verify()
+    started.set()
+    return result
+
+
+def die() -> dict[str, object]:
+    """Kill the helper; see that it is noticed and that nothing else is started instead."""
+    privileges.start_helper()
+    gone = threading.Event()
+    privileges.on_helper_exit(gone.set)
+    early = gone.is_set()
+    os.kill(helper(), signal.SIGKILL)
+    noticed = gone.wait(WAIT_S)
+    os.wait()
+    return {
+        "early": early,
+        "noticed": noticed,
+        "calls": [refusal(FOREIGN), refusal(FOREIGN)],
+        "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
+    }
+
+
+def interrupted() -> dict[str, object]:
+    """Send the helper what a terminal sends to the whole process group."""
+    privileges.start_helper()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(helper(), number)
+    return {"after": refusal(FOREIGN), "blocked_here": list(signal.pthread_sigmask(0, []))}
+
+
+def early_thread() -> dict[str, object]:
+    """Break the rule that the helper is started before any thread."""
+    started = threading.Event()
+    threading.Thread(target=started.wait, name="early", daemon=True).start()
+    try:
+        privileges.start_helper()
+    except privileges.PrivilegesNotDropped as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def start() -> dict[str, object]:
+    """Just start, or say what the configuration lacks."""
+    try:
+        privileges.start_helper()
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": "", "touched": refusal(FOREIGN) == "", "holdings": holdings()}
+
+
+def main() -> None:
+    scenario, instances_path, configuration, *names = sys.argv[1:]
+    logging.basicConfig(level=logging.DEBUG, format="%(levelname)s %(name)s %(message)s")
+    for talkative in ("stevedore", "oslo_config"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+    cfg.CONF(["--config-file", configuration])
+    cfg.CONF.set_override("instances_path", instances_path)
+    result = {
+        "touch": touch,
+        "die": die,
+        "interrupted": interrupted,
+        "early_thread": early_thread,
+        "start": start,
+    }[scenario](*names)
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

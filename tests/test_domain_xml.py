@@ -1,0 +1,283 @@
+"""The XML of a domain: golden files for whole domains, single rules for templates.
+
+`BOOTWRIGHT_WRITE_GOLDEN=1 pytest tests/test_domain_xml.py` writes the golden
+files anew; read the difference before you commit it.
+"""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from lxml import etree
+
+from agent.disk import Disk, Link
+from agent.domain_xml import NAMESPACE, DomainSpec, build, fill_template
+from agent.errors import InvalidJob
+from agent.hardware import Hardware, assign_devices
+from agent.job import Network
+from agent.report import Role
+
+GOLDEN = Path(__file__).parent / "golden"
+UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
+DIRECTORY = Path("/var/lib/bootwright/instances") / UUID
+BASE = DIRECTORY.parent / "_base/0d5e6b61602d758984b3bf038267614d6016eb2a"
+GIB = 1 << 30
+
+OVERLAY = Disk(
+    role=Role.ROOT,
+    path=DIRECTORY / "disk",
+    format="qcow2",
+    virtual_size=20 * GIB,
+    backing_chain=(Link(path=BASE, format="raw"),),
+)
+FLAT = Disk(role=Role.ROOT, path=DIRECTORY / "disk", format="raw", virtual_size=20 * GIB)
+EPHEMERAL = Disk(
+    role=Role.EPHEMERAL, path=DIRECTORY / "disk.eph0", format="raw", virtual_size=10 * GIB
+)
+SWAP = Disk(role=Role.SWAP, path=DIRECTORY / "disk.swap", format="raw", virtual_size=GIB)
+CONFIG_DRIVE = Disk(
+    role=Role.CONFIG_DRIVE,
+    path=DIRECTORY / "disk.config",
+    format="raw",
+    virtual_size=1 << 20,
+    read_only=True,
+)
+KERNEL = Disk(role=Role.KERNEL, path=DIRECTORY / "kernel", format="raw", virtual_size=1 << 23)
+
+
+def domain_spec(*disks: Disk, properties: dict[str, str] | None = None) -> DomainSpec:
+    hardware = Hardware.wanted_by(properties or {})
+    return DomainSpec(
+        uuid=UUID,
+        name="web-1",
+        job_id="7f0c6d5e-0f38-4cc5-9d39-4a4c4b9d1d2a",
+        image_id="fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0",
+        image_digest="sha512:cafe",
+        virt_type="kvm",
+        vcpus=2,
+        ram_mib=2048,
+        disks=assign_devices(disks or (OVERLAY,), hardware),
+        hardware=hardware,
+        console_log=DIRECTORY / "console.log",
+        cache_mode="none",
+        discard="unmap",
+    )
+
+
+NETWORKS = (
+    Network(network="default", mac="52:54:00:12:34:56"),
+    Network(bridge="br0", mac="52:54:00:12:34:57"),
+)
+
+TEMPLATE = """<?xml version="1.0" encoding="utf-8"?>
+<domain type="qemu">
+  <!-- ours -->
+  <memory unit="GiB">4</memory>
+  <os><type machine="pc">hvm</type></os>
+  <devices>
+    <disk type="file">
+      <driver name="qemu" io="threads" cache="unsafe"/>
+      <target dev="vda"/>
+      <iotune><total_iops_sec>1000</total_iops_sec></iotune>
+    </disk>
+    <disk type="block" device="disk">
+      <source dev="/dev/mapper/data"/>
+      <target dev="vdx" bus="virtio"/>
+    </disk>
+    <video><model type="virtio"/></video>
+  </devices>
+</domain>
+"""
+
+DOMAINS = {
+    "overlay": build(dataclasses.replace(domain_spec(), networks=NETWORKS)),
+    "all_roles": build(domain_spec(OVERLAY, EPHEMERAL, SWAP, CONFIG_DRIVE)),
+    "kernel": build(
+        dataclasses.replace(
+            domain_spec(KERNEL, FLAT),
+            kernel=DIRECTORY / "kernel",
+            ramdisk=DIRECTORY / "ramdisk",
+            virt_type="qemu",
+            image_digest=None,
+        )
+    ),
+    "scsi_uefi": build(
+        domain_spec(
+            OVERLAY,
+            EPHEMERAL,
+            CONFIG_DRIVE,
+            properties={"hw_disk_bus": "scsi", "hw_firmware_type": "uefi"},
+        )
+    ),
+    "iso_on_pc": build(
+        domain_spec(
+            dataclasses.replace(FLAT, device="cdrom"),
+            EPHEMERAL,
+            properties={"hw_machine_type": "pc", "hw_vif_model": "e1000"},
+        )
+    ),
+    "template": fill_template(TEMPLATE, domain_spec(OVERLAY, EPHEMERAL)),
+}
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_domain_is_the_golden_one(name: str) -> None:
+    golden = GOLDEN / f"{name}.xml"
+    if os.environ.get("BOOTWRIGHT_WRITE_GOLDEN"):
+        golden.write_text(DOMAINS[name])
+    assert DOMAINS[name] == golden.read_text()
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_libvirts_schema_accepts_the_domain(name: str, tmp_path: Path) -> None:
+    for tool, package in (("virt-xml-validate", "libvirt-clients"), ("xmllint", "libxml2-utils")):
+        if shutil.which(tool) is None:
+            refuse = pytest.fail if os.environ.get("CI") else pytest.skip
+            refuse(f"{tool} is missing (Debian package {package})")
+    path = tmp_path / "domain.xml"
+    path.write_text(DOMAINS[name])
+    result = subprocess.run(
+        ["virt-xml-validate", path, "domain"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def find(xml: str, path: str) -> list[etree._Element]:
+    found = etree.fromstring(xml).xpath(path, namespaces={"bootwright": NAMESPACE})
+    assert isinstance(found, list)
+    return [element for element in found if isinstance(element, etree._Element)]
+
+
+def test_chain_of_a_disk_is_written_to_its_end() -> None:
+    chain = tuple(Link(path=Path(f"/b/{number}"), format="qcow2") for number in range(3))
+    xml = build(domain_spec(dataclasses.replace(OVERLAY, backing_chain=chain)))
+    links = find(xml, "//disk//backingStore/source")
+    assert [link.get("file") for link in links] == ["/b/0", "/b/1", "/b/2"]
+    assert find(xml, "//disk/backingStore/backingStore/backingStore/backingStore[not(*)]")
+
+
+def test_every_disk_ends_its_chain_so_that_libvirt_never_looks() -> None:
+    for xml in DOMAINS.values():
+        own = find(xml, f"//disk[starts-with(source/@file, '{DIRECTORY}')]")
+        assert own
+        assert all(disk.findall(".//backingStore")[-1].find("*") is None for disk in own)
+        assert all(disk.find("driver") is not None for disk in own)
+
+
+def test_serial_number_of_a_disk_is_passed_on() -> None:
+    xml = build(domain_spec(dataclasses.replace(OVERLAY, serial="root-7")))
+    assert [serial.text for serial in find(xml, "//disk/serial")] == ["root-7"]
+
+
+def test_command_line_of_the_job_replaces_the_usual_one() -> None:
+    spec = dataclasses.replace(
+        domain_spec(KERNEL, OVERLAY), kernel=KERNEL.path, command_line="root=LABEL=/ & <quiet>"
+    )
+    assert [line.text for line in find(build(spec), "//cmdline")] == ["root=LABEL=/ & <quiet>"]
+
+
+def test_usual_command_line_names_the_root_disk_as_the_guest_does() -> None:
+    spec = domain_spec(KERNEL, OVERLAY, properties={"hw_disk_bus": "scsi"})
+    xml = build(dataclasses.replace(spec, kernel=KERNEL.path))
+    assert [line.text for line in find(xml, "//cmdline")] == ["root=/dev/sda console=ttyS0"]
+
+
+@pytest.mark.parametrize("text", ["a\x00b", "a\x1bb", "a\ud800"])
+def test_command_line_that_xml_cannot_hold_is_the_jobs_fault(text: str) -> None:
+    spec = dataclasses.replace(domain_spec(KERNEL, OVERLAY), kernel=KERNEL.path, command_line=text)
+    with pytest.raises(InvalidJob, match="<cmdline>"):
+        build(spec)
+
+
+def test_template_keeps_what_it_says() -> None:
+    xml = DOMAINS["template"]
+    assert "<!-- ours -->" in xml
+    assert find(xml, "/domain[@type='qemu']/memory[@unit='GiB' and .='4']")
+    assert find(xml, "//disk[target/@dev='vda']/driver[@cache='unsafe' and @io='threads']")
+    assert find(xml, "//disk[target/@dev='vda']/iotune")
+    assert find(xml, "//disk[target/@dev='vdx']/source[@dev='/dev/mapper/data']")
+    assert find(xml, "//video")
+
+
+def test_template_gets_what_it_leaves_out() -> None:
+    xml = DOMAINS["template"]
+    assert [name.text for name in find(xml, "/domain/name")] == ["web-1"]
+    assert [uuid.text for uuid in find(xml, "/domain/uuid")] == [UUID]
+    assert find(xml, f"//disk[target/@dev='vda']/source[@file='{DIRECTORY}/disk']")
+    assert find(xml, f"//disk[target/@dev='vdb']/source[@file='{DIRECTORY}/disk.eph0']")
+    assert find(xml, f"//disk[target/@dev='vda']/backingStore/source[@file='{BASE}']")
+    assert find(xml, "//serial")
+    assert find(xml, "//metadata/bootwright:instance/bootwright:job")
+
+
+def test_template_that_is_filled_twice_has_one_mark_of_ours() -> None:
+    xml = fill_template(
+        f"<domain><metadata><b:instance xmlns:b='{NAMESPACE}'/></metadata></domain>",
+        domain_spec(),
+    )
+    assert len(find(xml, "//bootwright:instance")) == 1
+
+
+def test_template_with_network_cards_keeps_to_them() -> None:
+    spec = dataclasses.replace(domain_spec(), networks=NETWORKS)
+    card = "<interface type='user'/>"
+    assert (
+        len(find(fill_template(f"<domain><devices>{card}</devices></domain>", spec), "//interface"))
+        == 1
+    )
+    assert len(find(fill_template("<domain/>", spec), "//interface")) == 2
+
+
+DISK = "<domain>\n<devices>\n<disk>\n{}\n</disk></devices></domain>"
+
+
+@pytest.mark.parametrize(
+    ("template", "line", "reason"),
+    [
+        ("", 1, ""),
+        ("<domain>\n<devices>\n</domain>", 3, "mismatch"),
+        ("<domain>\n&nbsp;</domain>", 2, "nbsp"),
+        ("\n<network/>", 2, "not a <domain>"),
+        ("<domain>\n<name>other</name></domain>", 2, "web-1"),
+        (f"<domain>\n\n<uuid>{UUID[::-1]}</uuid></domain>", 3, UUID),
+        (DISK.format("<source file='/x'/><target dev='vda'/>"), 4, "<source>"),
+        (DISK.format("<backingStore/><target dev='vda'/>"), 4, "<backingStore>"),
+        (DISK.format("<target dev='vda' bus='sata'/>"), 4, "'virtio'"),
+        (DISK.format("</disk><disk device='cdrom'><target dev='vda'/>"), 4, "is a disk"),
+        (DISK.format("<target dev='vdq'/></disk>\n<disk><target dev='vdq'/>"), 5, "two disks"),
+        ("<domain><os>\n<kernel>/k</kernel></os></domain>", 2, "<kernel>"),
+        (
+            '<?xml version="1.0"?>\n<!DOCTYPE d [<!ENTITY e SYSTEM "/etc/passwd">]><domain/>',
+            2,
+            "<!DOCTYPE",
+        ),
+        ("<domain><name>web\ud800</name></domain>", 1, ""),
+    ],
+)
+def test_template_that_will_not_do_is_refused_with_its_line(
+    template: str, line: int, reason: str
+) -> None:
+    spec = dataclasses.replace(domain_spec(KERNEL, OVERLAY), kernel=KERNEL.path)
+    with pytest.raises(InvalidJob) as caught:
+        fill_template(template, spec)
+    assert f"line {line}: " in caught.value.message
+    assert reason in caught.value.message
+
+
+def test_encoding_that_a_template_declares_does_not_hide_a_document_type() -> None:
+    hidden = "+ADwAIQ-DOCTYPE d+AD4-"
+    with pytest.raises(InvalidJob):
+        fill_template(f"<?xml version='1.0' encoding='utf-7'?>{hidden}<domain/>", domain_spec())
+
+
+def test_template_too_large_is_refused_unread() -> None:
+    with pytest.raises(InvalidJob, match="1048576 are allowed"):
+        fill_template("<" * (1 << 20) + "!", domain_spec())
+
+
+def test_template_nested_too_deep_is_refused() -> None:
+    with pytest.raises(InvalidJob, match="line 1"):
+        fill_template("<domain>" * 10_000 + "</domain>" * 10_000, domain_spec())

@@ -1,0 +1,229 @@
+"""Durable and sparse file work, on real files."""
+
+import errno
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agent import files
+from agent.cancellation import Cancellation
+from agent.errors import BackendError, Cancelled, InsufficientFreeSpace
+
+MIB = 1 << 20
+
+pieces = st.lists(
+    st.tuples(
+        st.sampled_from((b"\x00", b"\x01")),
+        st.sampled_from((1, 511, 4095, 4096, 4097, 10_000, 65_536)),
+    ),
+    max_size=8,
+)
+
+
+def leftovers(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir() if path.name.endswith(".tmp")]
+
+
+def allocated(path: Path) -> int:
+    return path.stat().st_blocks * 512
+
+
+def test_write_durably_replaces_the_whole_file_with_the_mode_asked_for(tmp_path: Path) -> None:
+    target = tmp_path / "manifest"
+    target.write_bytes(b"a much longer old content")
+    files.write_durably(target, b"new", mode=0o600)
+    assert target.read_bytes() == b"new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert leftovers(tmp_path) == []
+
+
+def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "manifest"
+    target.write_bytes(b"old")
+
+    def fail_midway() -> None:
+        with files.replacing(target, needed=3, what="writing") as fd:
+            os.write(fd, b"new")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail_midway()
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest"]
+
+
+def test_the_errors_of_a_full_disk_name_path_bytes_and_a_way_out(tmp_path: Path) -> None:
+    target = tmp_path / "disk"
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        with (
+            pytest.raises(InsufficientFreeSpace) as caught,
+            files.replacing(target, needed=12345, what="writing"),
+        ):
+            raise OSError(code, os.strerror(code))
+        assert str(target) in caught.value.message
+        assert "12345 bytes are needed" in caught.value.message
+        assert "cache gc" in caught.value.hint
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="Input/output"),
+        files.replacing(tmp_path / "disk", needed=1, what="writing"),
+    ):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.fixture
+def small_file_system(tmp_path: Path) -> Path:
+    """Two MiB of tmpfs, to be really full."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    where = tmp_path / "small"
+    where.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "small", str(where)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no mounts here")
+    return where
+
+
+@pytest.fixture(autouse=True)
+def _unmounted(tmp_path: Path) -> object:
+    yield
+    if os.path.ismount(tmp_path / "small"):
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
+
+
+def test_a_copy_that_cannot_fit_is_refused_before_the_first_byte(
+    tmp_path: Path, small_file_system: Path
+) -> None:
+    source = tmp_path / "base"
+    source.write_bytes(os.urandom(3 * MIB))
+    with pytest.raises(InsufficientFreeSpace, match=f"{3 * MIB} bytes are needed"):
+        files.copy_sparse(source, small_file_system / "disk", cancellation=Cancellation())
+    assert list(small_file_system.iterdir()) == []
+
+
+def test_a_writer_on_a_full_disk_says_so(small_file_system: Path) -> None:
+    with (
+        files.SparseWriter(small_file_system / "partial") as writer,
+        pytest.raises(InsufficientFreeSpace, match="partial"),
+    ):
+        writer.write(os.urandom(3 * MIB))
+
+
+@given(pieces)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_copy_is_equal_and_no_larger_on_disk(
+    tmp_path: Path, pieces: list[tuple[bytes, int]]
+) -> None:
+    source, target = tmp_path / "base", tmp_path / "disk"
+    with source.open("wb") as f:
+        for byte, count in pieces:
+            if byte == b"\x00":
+                f.seek(count, os.SEEK_CUR)
+            else:
+                f.write(byte * count)
+        f.truncate()
+    files.copy_sparse(source, target, cancellation=Cancellation())
+    assert target.read_bytes() == source.read_bytes()
+    assert allocated(target) <= allocated(source)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_copy_across_file_systems_is_equal(tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system")
+    source = elsewhere / f"bootwright-test-{os.getpid()}"
+    try:
+        with source.open("wb") as f:
+            f.write(os.urandom(5 * MIB))
+            f.seek(20 * MIB)
+            f.write(b"end")
+        files.copy_sparse(source, tmp_path / "disk", cancellation=Cancellation())
+        assert (tmp_path / "disk").read_bytes() == source.read_bytes()
+        assert allocated(tmp_path / "disk") < 6 * MIB
+    finally:
+        source.unlink()
+
+
+def test_a_cancelled_copy_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "base"
+    source.write_bytes(b"x" * MIB)
+    cancellation = Cancellation()
+    cancellation.cancel(Cancelled("enough"))
+    with pytest.raises(Cancelled):
+        files.copy_sparse(source, tmp_path / "disk", cancellation=cancellation)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@given(pieces, st.integers(1, 20_000), st.integers(0, 9000))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_what_is_written_sparsely_reads_back(
+    tmp_path: Path, pieces: list[tuple[bytes, int]], step: int, offset: int
+) -> None:
+    path = tmp_path / "partial"
+    before = b"\x07" * (offset + 8192)  # all of it beyond offset must vanish
+    path.write_bytes(before)
+    content = b"".join(byte * count for byte, count in pieces)
+    with files.SparseWriter(path, offset) as writer:
+        for begin in range(0, len(content), step):
+            writer.write(memoryview(content)[begin : begin + step])
+            assert (
+                path.stat().st_size
+                == writer.size
+                == min(offset + begin + step, offset + len(content))
+            )
+        writer.flush()
+    assert path.read_bytes() == before[:offset] + content
+
+
+def test_zeros_become_holes_however_the_chunks_fall(tmp_path: Path) -> None:
+    content = b"\x01" * 4096 + bytes(64 * MIB) + b"\x02" * 4096
+    path = tmp_path / "partial"
+    with files.SparseWriter(path) as writer:
+        for begin in range(0, len(content), 1_000_003):
+            writer.write(content[begin : begin + 1_000_003])
+        writer.flush()
+    assert path.stat().st_size == len(content)
+    assert allocated(path) <= 16384
+
+
+def test_a_writer_does_not_follow_a_link(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "partial").symlink_to(tmp_path / "secret")
+    with pytest.raises(OSError, match="symbolic"):
+        files.SparseWriter(tmp_path / "partial")
+    assert (tmp_path / "secret").read_bytes() == b"secret"
+
+
+def test_remove_tree_removes_links_and_not_what_they_point_to(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_bytes(b"x")
+    tree = tmp_path / "tree"
+    (tree / "below").mkdir(parents=True)
+    (tree / "below" / "link").symlink_to(outside)
+    files.remove_tree(tree)
+    assert not tree.exists()
+    assert (outside / "file").read_bytes() == b"x"
+    files.remove_tree(tree)  # once more is no error
+
+
+def test_remove_tree_refuses_a_link_and_a_file(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to(outside)
+    for path in (tmp_path / "link", outside / "file"):
+        with pytest.raises(BackendError, match="not a directory"):
+            files.remove_tree(path)
+    assert (outside / "file").exists()

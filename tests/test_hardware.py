@@ -1,0 +1,133 @@
+"""Buses, names and addresses: what follows from an image's properties."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.disk import Disk
+from agent.errors import ImageUnacceptable
+from agent.hardware import Bus, Firmware, Hardware, NicModel, assign_devices, assign_macs
+from agent.job import Network
+from agent.report import Role
+
+UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
+
+
+def disk(role: Role, *, device: str = "disk") -> Disk:
+    return Disk(role=role, path=Path("/i", role), format="raw", virtual_size=1, device=device)
+
+
+def names(*disks: Disk, **properties: str) -> list[tuple[str | None, str | None, str]]:
+    assigned = assign_devices(disks, Hardware.wanted_by(properties))
+    return [(disk.bus, disk.device_name, disk.device) for disk in assigned]
+
+
+def test_image_that_says_nothing_gets_virtio_on_q35() -> None:
+    assert Hardware.wanted_by({"os_distro": "debian", "hw_disk_bus": ""}) == Hardware(
+        machine="q35",
+        firmware=Firmware.BIOS,
+        disk_bus=Bus.VIRTIO,
+        cdrom_bus=None,
+        nic_model=NicModel.VIRTIO,
+    )
+
+
+def test_properties_are_read_without_regard_to_case() -> None:
+    hardware = Hardware.wanted_by({"hw_firmware_type": "UEFI", "hw_disk_bus": "SCSI"})
+    assert (hardware.firmware, hardware.disk_bus) == (Firmware.UEFI, Bus.SCSI)
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [
+        {"hw_disk_bus": "floppy"},
+        {"hw_cdrom_bus": "virtio"},
+        {"hw_firmware_type": "coreboot"},
+        {"hw_vif_model": "ne2k"},
+        {"hw_machine_type": "q35' onload='"},
+        {"hw_disk_bus": "ide", "hw_machine_type": "pc-q35-7.2"},
+    ],
+)
+def test_wish_that_cannot_be_met_is_refused_by_its_name(properties: dict[str, str]) -> None:
+    with pytest.raises(ImageUnacceptable, match="the image property hw_"):
+        Hardware.wanted_by(properties)
+
+
+def test_image_that_wants_ide_gets_the_machine_that_has_it() -> None:
+    assert Hardware.wanted_by({"hw_disk_bus": "ide"}).machine == "pc"
+    assert Hardware.wanted_by({"hw_cdrom_bus": "ide"}).machine == "pc"
+
+
+def test_disks_are_named_in_order() -> None:
+    assert names(disk(Role.ROOT), disk(Role.EPHEMERAL), disk(Role.SWAP)) == [
+        ("virtio", "vda", "disk"),
+        ("virtio", "vdb", "disk"),
+        ("virtio", "vdc", "disk"),
+    ]
+
+
+def test_kernel_and_ramdisk_are_no_devices() -> None:
+    assert names(disk(Role.KERNEL), disk(Role.RAMDISK), disk(Role.ROOT)) == [
+        (None, None, "disk"),
+        (None, None, "disk"),
+        ("virtio", "vda", "disk"),
+    ]
+
+
+def test_config_drive_is_on_the_bus_of_the_root_disk() -> None:
+    disks = disk(Role.ROOT), disk(Role.CONFIG_DRIVE)
+    assert names(*disks)[1] == ("virtio", "vdb", "disk")
+    assert names(*disks, hw_disk_bus="scsi")[1] == ("scsi", "sdb", "cdrom")
+    assert names(*disks, hw_cdrom_bus="sata")[1] == ("sata", "sda", "cdrom")
+
+
+def test_image_of_a_cdrom_is_a_read_only_cdrom() -> None:
+    iso = disk(Role.ROOT, device="cdrom")
+    assert names(iso) == [("sata", "sda", "cdrom")]
+    assert names(iso, hw_machine_type="pc") == [("ide", "hda", "cdrom")]
+    assert names(iso, hw_cdrom_bus="scsi") == [("scsi", "sda", "cdrom")]
+    assert assign_devices([iso], Hardware())[0].read_only
+
+
+def test_buses_that_share_a_prefix_share_its_names() -> None:
+    disks = disk(Role.ROOT, device="cdrom"), disk(Role.EPHEMERAL), disk(Role.SWAP)
+    assert [name for _, name, _ in names(*disks, hw_disk_bus="scsi")] == ["sda", "sdb", "sdc"]
+
+
+def test_only_the_root_disk_has_a_place_in_the_boot_order() -> None:
+    assigned = assign_devices([disk(Role.ROOT), disk(Role.EPHEMERAL)], Hardware())
+    assert [disk.boot_index for disk in assigned] == [1, None]
+
+
+def test_fifth_disk_on_ide_is_refused() -> None:
+    disks = [disk(Role.ROOT), *[disk(Role.EPHEMERAL)] * 3]
+    assert [name for _, name, _ in names(*disks, hw_disk_bus="ide")][3] == "hdd"
+    with pytest.raises(ImageUnacceptable, match="4 places for 5 disks"):
+        names(*disks, disk(Role.SWAP), hw_disk_bus="ide")
+
+
+@given(st.integers(min_value=1, max_value=1000))
+def test_names_are_unique_and_go_on_after_the_26th(count: int) -> None:
+    found = [name for _, name, _ in names(*[disk(Role.EPHEMERAL)] * count)]
+    assert len(set(found)) == count
+    expected = ["vda", "vdz", "vdaa", "vdaz", "vdba", "vdzz", "vdaaa"]
+    for place, name in zip([0, 25, 26, 51, 52, 701, 702], expected, strict=True):
+        if place < count:
+            assert found[place] == name
+
+
+def test_mac_address_follows_from_the_instance_and_is_kept_if_given() -> None:
+    networks = (
+        Network(network="default"),
+        Network(bridge="br0", mac="52:54:00:00:00:01"),
+        Network(network="default"),
+    )
+    first, second, third = assign_macs(networks, UUID)
+    assert second.mac == "52:54:00:00:00:01"
+    assert first.mac is not None
+    assert first.mac.startswith("52:54:00:")
+    assert first.mac != third.mac
+    assert assign_macs(networks, UUID) == (first, second, third)
+    assert assign_macs(networks, UUID.replace("0", "1"))[0].mac != first.mac

@@ -1,0 +1,154 @@
+"""The hypervisor against libvirt's own test driver, which keeps domains in memory.
+
+What needs a daemon (restarts, permissions, real guests) is in functional/.
+"""
+
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.errors import HypervisorError, InstanceExists, InvalidJob
+from agent.hypervisor import Hypervisor
+
+MISSING = "00000000-0000-4000-8000-000000000000"
+
+
+@pytest.fixture
+def hypervisor() -> Iterator[Hypervisor]:
+    hypervisor = Hypervisor("test:///default", virt_type="test")
+    before = {domain.uuid for domain in hypervisor.domains()}
+    yield hypervisor
+    for domain in hypervisor.domains():
+        if domain.uuid not in before:
+            hypervisor.destroy(domain.uuid)
+            hypervisor.undefine(domain.uuid)
+    hypervisor.close()
+
+
+def domain_xml(name: str, domain_uuid: str) -> str:
+    return (
+        f"<domain type='test'><name>{name}</name><uuid>{domain_uuid}</uuid>"
+        "<memory unit='MiB'>64</memory><os><type>hvm</type></os></domain>"
+    )
+
+
+@pytest.fixture
+def defined(hypervisor: Hypervisor) -> str:
+    """The uuid of a domain `web-1`."""
+    domain_uuid = str(uuid.uuid4())
+    hypervisor.define(domain_xml("web-1", domain_uuid))
+    return domain_uuid
+
+
+def test_version_names_both_programs(hypervisor: Hypervisor) -> None:
+    assert hypervisor.version().startswith("libvirt ")
+    assert ", TEST " in hypervisor.version()
+
+
+def test_domain_lives_and_is_forgotten(hypervisor: Hypervisor, defined: str) -> None:
+    assert hypervisor.state(defined) == "shut off"
+    hypervisor.start(defined)
+    assert hypervisor.state(defined) == "running"
+    assert [d.name for d in hypervisor.domains() if d.uuid == defined] == ["web-1"]
+    hypervisor.destroy(defined)
+    assert hypervisor.state(defined) == "shut off"
+    hypervisor.undefine(defined)
+    assert hypervisor.state(defined) is None
+
+
+def test_every_step_may_be_repeated(hypervisor: Hypervisor, defined: str) -> None:
+    hypervisor.define(domain_xml("web-1", defined))
+    for step in (hypervisor.start, hypervisor.destroy, hypervisor.undefine):
+        step(defined)
+        if step is not hypervisor.undefine:
+            step(defined)
+    hypervisor.undefine(defined)
+    hypervisor.destroy(defined)
+    assert hypervisor.state(defined) is None
+
+
+def test_definition_never_takes_over_a_name(hypervisor: Hypervisor, defined: str) -> None:
+    with pytest.raises(InstanceExists, match=defined):
+        hypervisor.define(domain_xml("web-1", str(uuid.uuid4())))
+    assert [d.uuid for d in hypervisor.domains() if d.name == "web-1"] == [defined]
+
+
+def test_definition_never_takes_over_a_uuid(hypervisor: Hypervisor, defined: str) -> None:
+    with pytest.raises(InstanceExists, match="web-1"):
+        hypervisor.define(domain_xml("web-2", defined))
+
+
+def test_domain_libvirt_cannot_read_is_the_jobs_fault(hypervisor: Hypervisor) -> None:
+    with pytest.raises(InvalidJob, match="os <type> must be specified"):
+        hypervisor.define("<domain type='test'><name>x</name></domain>")
+
+
+def test_start_of_what_is_not_there_says_so_in_libvirts_words(hypervisor: Hypervisor) -> None:
+    with pytest.raises(HypervisorError, match=r"starting domain .* at test:///default: Domain not"):
+        hypervisor.start(MISSING)
+
+
+def test_networks_are_looked_up_by_name(hypervisor: Hypervisor) -> None:
+    assert hypervisor.has_active_network("default")
+    assert not hypervisor.has_active_network("missing")
+
+
+def test_what_the_driver_cannot_do_is_an_error(hypervisor: Hypervisor) -> None:
+    with pytest.raises(HypervisorError, match="not supported by the connection driver"):
+        hypervisor.check()
+
+
+def test_closed_hypervisor_connects_again(hypervisor: Hypervisor) -> None:
+    hypervisor.version()
+    hypervisor.close()
+    hypervisor.close()
+    assert hypervisor.version()
+
+
+def test_libvirtd_that_is_not_there_is_said_with_uri_and_hint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"qemu:///system?socket={tmp_path}/sock"
+    with pytest.raises(HypervisorError) as caught:
+        Hypervisor(uri, virt_type="qemu").domains()
+    assert uri in caught.value.message
+    assert "No such file or directory" in caught.value.message
+    assert "systemctl status libvirtd" in caught.value.hint
+    assert caught.value.retriable
+    assert capfd.readouterr().err == ""
+
+
+def test_daemon_that_accepts_and_never_answers_costs_no_more_than_the_limit(
+    tmp_path: Path,
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "sock"))
+        listener.listen()
+        hypervisor = Hypervisor(
+            f"qemu:///system?socket={tmp_path}/sock", virt_type="qemu", look_limit_s=0.2
+        )
+        began = time.monotonic()
+        with pytest.raises(HypervisorError, match=r"no answer within 0\.2 s"):
+            hypervisor.domains()
+        assert time.monotonic() - began < 5
+
+
+def test_many_threads_share_one_hypervisor(hypervisor: Hypervisor) -> None:
+    uuids = [str(uuid.uuid4()) for _ in range(30)]
+
+    def live(domain_uuid: str) -> None:
+        hypervisor.define(domain_xml(f"thread-{domain_uuid}", domain_uuid))
+        hypervisor.start(domain_uuid)
+
+    threads = [threading.Thread(target=live, args=(each,)) for each in uuids]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    running = {domain.uuid for domain in hypervisor.domains() if domain.state == "running"}
+    assert running >= set(uuids)

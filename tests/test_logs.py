@@ -1,0 +1,130 @@
+"""Log lines: their form, their fields, and what is never in them."""
+
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from agent import logs
+
+
+@pytest.fixture
+def log() -> Iterator[logging.Logger]:
+    logger = logging.getLogger("test_logs")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    yield logger
+    logger.handlers.clear()
+
+
+@pytest.fixture
+def console(log: logging.Logger) -> io.StringIO:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logs.ConsoleFormatter())
+    log.addHandler(handler)
+    return stream
+
+
+@pytest.fixture
+def journal(log: logging.Logger) -> list[tuple[str, dict[str, str]]]:
+    entries: list[tuple[str, dict[str, str]]] = []
+
+    def send(message: str, **fields: str) -> None:
+        entries.append((message, fields))
+
+    log.addHandler(logs.JournalHandler(send))
+    return entries
+
+
+def test_console_line_shows_context_sentence_and_fields(
+    log: logging.Logger, console: io.StringIO
+) -> None:
+    with logs.bind(request_id="req-1", instance_uuid="u-1", job_id="j-1", image_id=None):
+        log.info("fetched %s", "it", extra=logs.fields(PHASE="image_downloading", BYTES=7))
+    line = console.getvalue()
+    assert "INFO [req-1] [instance: u-1] fetched it JOB_ID=j-1 PHASE=image_downloading" in line
+    assert line.endswith("BYTES=7\n")
+
+
+def test_context_ends_where_it_was_bound_to_end(log: logging.Logger, console: io.StringIO) -> None:
+    with logs.bind(request_id="req-1"):
+        with logs.bind(job_id="j-1"):
+            pass
+        log.info("outer")
+    log.info("none")
+    outer, none = console.getvalue().splitlines()
+    assert "[req-1] outer" in outer
+    assert "JOB_ID" not in outer
+    assert "req-1" not in none
+
+
+def test_journal_entry_has_each_field_of_its_own(
+    log: logging.Logger, journal: list[tuple[str, dict[str, str]]]
+) -> None:
+    with logs.bind(request_id="req-1", job_id="j-1"):
+        log.warning("retrying", extra=logs.fields(ELAPSED_MS=12, OUTCOME="retry"))
+    ((message, fields),) = journal
+    assert message == "retrying"
+    assert fields["PRIORITY"] == "4"
+    assert fields["REQUEST_ID"] == "req-1"
+    assert fields["JOB_ID"] == "j-1"
+    assert fields["ELAPSED_MS"] == "12"
+    assert fields["OUTCOME"] == "retry"
+    assert fields["SYSLOG_IDENTIFIER"] == "bootwright"
+
+
+def test_tracebacks_are_kept(log: logging.Logger, console: io.StringIO) -> None:
+    try:
+        raise ValueError("deep down")
+    except ValueError:
+        log.exception("failed")
+    assert "Traceback" in console.getvalue()
+    assert "deep down" in console.getvalue()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "X-Auth-Token: s3cr3t",
+        "curl -g -H 'X-Auth-Token: s3cr3t' http://glance/v2",
+        "{'X-Auth-Token': 's3cr3t', 'Accept': '*/*'}",
+        "{b'X-Subject-Token': b's3cr3t'}",
+        "Authorization: Bearer s3cr3t",
+        '{"auth": {"password": "s3cr3t", "user": "u"}}',
+        "password=s3cr3t",
+        "application_credential_secret = s3cr3t",
+        "http://user:s3cr3t@proxy:3128/",
+    ],
+)
+def test_secrets_never_reach_the_log(
+    log: logging.Logger,
+    console: io.StringIO,
+    journal: list[tuple[str, dict[str, str]]],
+    line: str,
+) -> None:
+    log.info("%s", line)
+    assert "s3cr3t" not in console.getvalue()
+    assert "s3cr3t" not in str(journal)
+    assert "***" in console.getvalue()
+
+
+def test_hashed_tokens_and_plain_words_stay(log: logging.Logger, console: io.StringIO) -> None:
+    log.info("X-Auth-Token: {SHA256}abc; the password is wrong; http://host:80/a@b")
+    assert "{SHA256}abc; the password is wrong; http://host:80/a@b" in console.getvalue()
+
+
+def test_libraries_are_quiet_unless_debug() -> None:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        logs.setup(debug=False)
+        assert not logging.getLogger("keystoneauth.session").isEnabledFor(logging.INFO)
+        assert logging.getLogger("agent").isEnabledFor(logging.INFO)
+        logs.setup(debug=True)
+        assert logging.getLogger("urllib3").isEnabledFor(logging.DEBUG)
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:] = handlers
+        root.setLevel(level)
