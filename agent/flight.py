@@ -106,9 +106,10 @@ class Flight:
     def _leave(self, seat: Seat) -> None:
         with self._changed:
             self._seats.discard(seat)
-            abandoned = not self._seats and self._outcome is None
-        if abandoned:
-            self.cancellation.cancel(Cancelled(f"nobody waits for image {self.image.id} any more"))
+            if not self._seats and self._outcome is None:
+                # Under the lock: nobody may board what is being given up.
+                reason = f"nobody waits for image {self.image.id} any more"
+                self.cancellation.cancel(Cancelled(reason))
 
     def _wake(self) -> None:
         with self._changed:

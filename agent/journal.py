@@ -70,17 +70,18 @@ class Journal:
         self._lock = threading.RLock()
         self.changed = threading.Condition(self._lock)
         try:
+            # It holds user data, whatever the umask is.
+            path.touch(mode=0o600)
+            path.chmod(0o600)
             self._connection = sqlite3.connect(
                 path, isolation_level=None, check_same_thread=False, timeout=10
             )
-            # The agent's umask may be anything; the journal holds user data.
-            path.chmod(0o600)
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.execute("PRAGMA foreign_keys = ON")
             self._migrate(path)
-        except sqlite3.Error as e:
+        except (sqlite3.Error, OSError) as e:
             raise JournalUnusable(
                 f"the journal {path} cannot be used: {e}; another agent may be running on the "
                 "same state_path; otherwise move the file away (unfinished jobs in it are lost)"
@@ -187,6 +188,14 @@ class Journal:
 
     def unfinished(self) -> list[Job]:
         return self.jobs([status for status in Status if not status.final])
+
+    def counts(self) -> dict[Status, int]:
+        """Return how many jobs there are of each status."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT status, count(*) FROM job GROUP BY status"
+            ).fetchall()
+        return {Status(status): count for status, count in rows}
 
     def events(self, since: int, *, limit: int = 1000) -> list[Event]:
         """Return up to `limit` events after number `since`."""

@@ -60,12 +60,12 @@ def run(settings: Settings, reload: Callable[[], None]) -> int:
     privileges.start_helper()
     wishes = _listen_for_wishes()
     parts = _Parts(settings)
-    # Only now do threads exist that might have kept something.
-    privileges.verify()
-    parts.start()
-    systemd.ready(parts.summary())
-    LOG.info("ready, serving on %s", settings.api.socket)
     try:
+        parts.start()
+        # Only now do all threads exist that might have kept something.
+        privileges.verify()
+        systemd.ready(parts.summary())
+        LOG.info("ready, serving on %s", settings.api.socket)
         return _attend(parts, wishes, reload)
     finally:
         systemd.stopping()

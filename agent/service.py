@@ -279,15 +279,12 @@ class Agent:
     # The agent itself
 
     def status(self) -> AgentStatus:
-        counts: dict[Status, int] = {}
-        for job in self._journal.jobs():
-            counts[job.report.status] = counts.get(job.report.status, 0) + 1
         return AgentStatus(
             version=version("bootwright"),
             pid=os.getpid(),
             started_at=self._started_at,
             draining=self.draining,
-            jobs=counts,
+            jobs=self._journal.counts(),
             instances=len(self._instances.all()),
             cache=self.cache(),
             checks=tuple(self.ready()),

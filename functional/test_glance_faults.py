@@ -1,0 +1,143 @@
+"""A Glance that breaks in every way it can, and images that arrive whole all the same."""
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from functional.conftest import CACHE, MakeAgent
+from functional.harness import glance as glances
+from functional.harness.agent import Agent
+from functional.harness.fault_proxy import Answer, Fault, FaultProxy
+from functional.harness.glance import Glance
+from functional.harness.keystone import Keystone
+
+MIB = 1 << 20
+SIZE = 48 * MIB
+
+
+@pytest.fixture(scope="module")
+def blob(work: Path) -> Path:
+    path = work / "blob"
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+@pytest.fixture
+def image_id(glance: Glance, blob: Path) -> Iterator[str]:
+    image_id = glance.upload(blob, disk_format="raw")
+    yield image_id
+    glance.delete(image_id)
+
+
+def agent_behind(make_agent: MakeAgent, proxy: FaultProxy, **glance: object) -> Agent:
+    options = {"endpoint_override": proxy.url, "stall_timeout": 2, **glance}
+    return make_agent(options={"glance": options})
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param([Fault(cut_after=10 * MIB)], id="cut"),
+        pytest.param([Fault(cut_after=20 * MIB, reset=True), Fault(refuse=True)], id="reset"),
+        pytest.param([Fault(stall_after=15 * MIB)], id="stall"),
+        pytest.param([Fault(answer=Answer(status=s)) for s in (503, 502, 429)], id="5xx-and-429"),
+        pytest.param(
+            [Fault(cut_after=30 * MIB), Fault(ignore_range=True)], id="no-ranges-any-more"
+        ),
+        pytest.param(
+            [Fault(cut_after=30 * MIB), Fault(answer=Answer(status=416))], id="416-to-a-range"
+        ),
+        pytest.param([Fault(drop_length=True, cut_after=25 * MIB)], id="no-length-and-cut"),
+        pytest.param([Fault(flip_at=12345678)], id="a-bit-flipped-once"),
+    ],
+)
+def test_a_fault_costs_no_boot_and_no_wrong_byte(
+    make_agent: MakeAgent, glance: Glance, image_id: str, blob: Path, faults: list[Fault]
+) -> None:
+    with FaultProxy(glance.url, faults) as proxy:
+        agent = agent_behind(make_agent, proxy, num_retries=4)
+
+        agent.json("image", "fetch", image_id)
+
+        assert sha256(agent.base(image_id)) == sha256(blob)
+        assert not agent.partial(image_id).exists()
+        assert proxy.faults == [], "not every fault has happened"
+
+
+def test_what_was_received_is_not_asked_for_again(
+    make_agent: MakeAgent, glance: Glance, image_id: str
+) -> None:
+    with FaultProxy(glance.url, [Fault(cut_after=n * MIB) for n in (8, 8, 8)]) as proxy:
+        agent = agent_behind(make_agent, proxy)
+
+        [job] = agent.json("image", "fetch", image_id)["jobs"]
+
+        starts = [exchange.range for exchange in proxy.matching]
+        assert starts[0] is None
+        assert [int(str(r).removeprefix("bytes=").rstrip("-")) for r in starts[1:]] == [
+            8 * MIB,
+            16 * MIB,
+            24 * MIB,
+        ]
+        assert sum(phase["bytes"] for phase in job["timeline"]) == SIZE
+        assert agent.log.count("WARNING") == 3
+
+
+def test_a_glance_that_restarts_in_the_middle_is_waited_for(
+    make_agent: MakeAgent, work: Path, blob: Path
+) -> None:
+    venv = glances.install(CACHE / "openstack")
+    with Glance(venv, work / "restarting-glance") as glance, FaultProxy(
+        glance.url, [Fault(rate=20 * MIB)]
+    ) as proxy:
+        image_id = glance.upload(blob, disk_format="raw")
+        agent = agent_behind(make_agent, proxy, num_retries=20)
+        fetch = threading.Thread(target=agent.json, args=("image", "fetch", image_id))
+        fetch.start()
+        while not (agent.partial(image_id) / "data").exists():
+            time.sleep(0.05)
+
+        glance.restart()
+        fetch.join()
+
+        assert sha256(agent.base(image_id)) == sha256(blob)
+
+
+def test_an_expired_token_is_renewed_in_the_middle(
+    make_agent: MakeAgent, work: Path, blob: Path
+) -> None:
+    venv = glances.install(CACHE / "openstack")
+    with (
+        Keystone(venv, work / "keystone", token_ttl=5) as keystone,
+        Glance(venv, work / "glance-with-keystone", keystone=keystone) as glance,
+        # The answer to the first request for the bytes is longer than a token lives.
+        FaultProxy(glance.url, [Fault(rate=4 * MIB, cut_after=28 * MIB)]) as proxy,
+    ):
+        image_id = glance.upload(blob, disk_format="raw")
+        options = {
+            "auth_type": "password",
+            "auth_url": keystone.auth_url,
+            "username": "demo",
+            "password": "demo",
+            "project_name": "demo",
+            "user_domain_id": "default",
+            "project_domain_id": "default",
+        }
+        agent = agent_behind(make_agent, proxy, **options)
+
+        agent.json("image", "fetch", image_id)
+
+        assert sha256(agent.base(image_id)) == sha256(blob)
+        first, second = proxy.matching
+        assert first.headers["x-auth-token"] != second.headers["x-auth-token"]
+        for token in (first.headers["x-auth-token"], second.headers["x-auth-token"]):
+            assert token not in agent.log
