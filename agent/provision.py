@@ -56,6 +56,8 @@ class Provisioner:
                     on_progress=recorder.progress,
                 )
                 recorder.count(received=base.received, resumed=base.resumed)
+                # Whoever asks for it again wants it kept.
+                self.host.touch(base.name)
                 recorder.note(
                     image=ImageReport(id=image.id, digest=base.digest, source=base.origin)
                 )
