@@ -25,7 +25,17 @@ from agent.api_errors import BodyTooLarge
 from agent.errors import InvalidJob
 from agent.job import HostName, ImageId, JobRequest
 from agent.report import JobReport, Status
-from agent.views import AgentStatus, CacheStatus, Check, Event, ImageEntry, InstanceView
+from agent.views import (
+    AgentStatus,
+    CacheStatus,
+    Check,
+    Decision,
+    Event,
+    GcReport,
+    ImageEntry,
+    InstanceView,
+    Verification,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,6 +86,17 @@ class Service(Protocol):
 
     def fetch_image(self, image_id: str, *, request_id: str) -> JobReport: ...
 
+    def why_image(self, image_id: str) -> Decision:
+        """Return what the next `gc` would do with an image's base, and why."""
+
+    def pin_image(self, image_id: str, seconds: float | None) -> ImageEntry:
+        """Keep an image's base for so long; None for ever."""
+
+    def unpin_image(self, image_id: str) -> ImageEntry: ...
+
+    def verify_image(self, image_id: str) -> Verification:
+        """Read an image's base from end to end, however long that takes."""
+
     def add_image(
         self,
         chunks: Iterator[bytes],
@@ -88,6 +109,8 @@ class Service(Protocol):
         """Register what `chunks` yields as an image; they raise if the caller goes away."""
 
     def cache(self) -> CacheStatus: ...
+
+    def gc(self, *, dry_run: bool) -> GcReport: ...
 
     def instances(self) -> Sequence[InstanceView]: ...
 
@@ -155,6 +178,10 @@ def create_app(service: Service, *, registry: CollectorRegistry = REGISTRY) -> F
     @app.get("/v1/cache")
     def cache() -> CacheStatus:
         return service.cache()
+
+    @app.post("/v1/cache/gc")
+    async def gc(*, dry_run: bool = False) -> GcReport:
+        return await waiters.run(service.gc, dry_run=dry_run)
 
     @app.get("/v1/status")
     def status() -> AgentStatus:
@@ -245,6 +272,9 @@ def _add_events(app: FastAPI, service: Service, waiters: _Waiters) -> None:
         follow: bool = True,
         last_event_id: Annotated[int | None, Header(ge=0)] = None,
     ) -> StreamingResponse:
+        if job is not None:
+            await anyio.to_thread.run_sync(service.job, job)  # or there is no such job
+
         async def stream() -> AsyncIterator[str]:
             position = since if last_event_id is None else last_event_id
             while not await _ended(request):
@@ -297,6 +327,24 @@ def _add_images(app: FastAPI, service: Service, waiters: _Waiters) -> None:
     @app.post("/v1/images/{image_id}/fetch", status_code=202)
     def fetch_image(request: Request, image_id: ImagePath) -> JobReport:
         return service.fetch_image(image_id, request_id=request.state.request_id)
+
+    @app.get("/v1/images/{image_id}/why")
+    def why_image(image_id: ImagePath) -> Decision:
+        return service.why_image(image_id)
+
+    @app.put("/v1/images/{image_id}/pin")
+    def pin_image(
+        image_id: ImagePath, seconds: Annotated[float | None, Query(gt=0, le=1e10)] = None
+    ) -> ImageEntry:
+        return service.pin_image(image_id, seconds)
+
+    @app.delete("/v1/images/{image_id}/pin")
+    def unpin_image(image_id: ImagePath) -> ImageEntry:
+        return service.unpin_image(image_id)
+
+    @app.post("/v1/images/{image_id}/verify")
+    async def verify_image(image_id: ImagePath) -> Verification:
+        return await waiters.run(service.verify_image, image_id)
 
 
 def _add_instances(app: FastAPI, service: Service) -> None:
@@ -352,13 +400,24 @@ async def _body(request: Request, limit: int) -> bytes:
 
 def _mapping(body: bytes) -> dict[str, object]:
     try:
-        document = json.loads(body)
-    except ValueError as e:
+        document = json.loads(body, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as e:
         raise InvalidJob(f"the request is not JSON: {e}", "send the job as one JSON object") from e
     if not isinstance(document, dict):
         raise InvalidJob(
             "the request is JSON, but not an object", "send the job as one JSON object"
         )
+    return document
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object whose keys stand once: the last of two would win silently."""
+    document: dict[str, object] = {}
+    for key, value in pairs:
+        key.encode()  # half a surrogate pair is a ValueError here, and a defect in an answer
+        if key in document:
+            raise ValueError(f"{key!r:.80} stands twice in one object")
+        document[key] = value
     return document
 
 

@@ -128,6 +128,8 @@ class Build:
             instances.release(self._job_id)
 
     def _run(self) -> None:
+        # Not before `run`: what an earlier run made is to be undone then.
+        self._cancellation.check()
         if self._defines and not self._known():
             # Before a long fetch rather than after it.
             self._host.hypervisor.require_free(uuid=self._uuid, name=self._name)

@@ -16,7 +16,16 @@ import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from agent.report import ErrorReport, JobReport, Status
-from agent.views import AgentStatus, CacheStatus, Event, ImageEntry, InstanceView
+from agent.views import (
+    AgentStatus,
+    CacheStatus,
+    Decision,
+    Event,
+    GcReport,
+    ImageEntry,
+    InstanceView,
+    Verification,
+)
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -25,6 +34,9 @@ _CONNECT_TIMEOUT_S: Final = 10.0
 _TIMEOUT: Final = httpx.Timeout(60.0, connect=_CONNECT_TIMEOUT_S)
 
 _CHUNK: Final = 1 << 20
+
+_VERIFY_TIMEOUT_S: Final = 6 * 3600.0
+"""A TiB takes half an hour to hash on a good day."""
 
 
 class AgentUnavailable(Exception):
@@ -62,8 +74,8 @@ class Client:
         self._http.close()
 
     def submit(self, document: Mapping[str, object]) -> JobReport:
-        """Hand in a job; what JSON does not know (a date of YAML's) goes as its text."""
-        body = json.dumps(document, default=str)
+        """Hand in a job."""
+        body = json.dumps(document)
         return _read(JobReport, self._request("POST", "/v1/jobs", content=body))
 
     def jobs(self, status: Status | None = None) -> list[JobReport]:
@@ -111,6 +123,25 @@ class Client:
     def fetch_image(self, image_id: str) -> JobReport:
         return _read(JobReport, self._request("POST", f"/v1/images/{_quoted(image_id)}/fetch"))
 
+    def why_image(self, image_id: str) -> Decision:
+        return _read(Decision, self._request("GET", f"/v1/images/{_quoted(image_id)}/why"))
+
+    def pin_image(self, image_id: str, seconds: float | None) -> ImageEntry:
+        """Pin for so long; None for ever."""
+        query = {} if seconds is None else {"seconds": str(seconds)}
+        return _read(ImageEntry, self._request("PUT", f"/v1/images/{_quoted(image_id)}/pin", query))
+
+    def unpin_image(self, image_id: str) -> ImageEntry:
+        return _read(ImageEntry, self._request("DELETE", f"/v1/images/{_quoted(image_id)}/pin"))
+
+    def verify_image(self, image_id: str) -> Verification:
+        response = self._request(
+            "POST",
+            f"/v1/images/{_quoted(image_id)}/verify",
+            timeout=_patient(read_s=_VERIFY_TIMEOUT_S),
+        )
+        return _read(Verification, response)
+
     def add_image(
         self,
         file: BinaryIO,
@@ -136,6 +167,15 @@ class Client:
 
     def cache(self) -> CacheStatus:
         return _read(CacheStatus, self._request("GET", "/v1/cache"))
+
+    def gc(self, *, dry_run: bool) -> GcReport:
+        response = self._request(
+            "POST",
+            "/v1/cache/gc",
+            {"dry_run": str(dry_run).lower()},
+            timeout=_patient(read_s=600.0),
+        )
+        return _read(GcReport, response)
 
     def instances(self) -> list[InstanceView]:
         return _read_list(InstanceView, self._request("GET", "/v1/instances"), "instances")

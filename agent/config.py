@@ -8,6 +8,8 @@ import difflib
 import io
 import ipaddress
 import logging
+import re
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +160,16 @@ class Configuration:
                 directory=Path(conf.instances_path, conf.image_cache.subdirectory_name),
                 require_hash=conf.image_cache.require_hash,
                 max_concurrent_fetches=conf.image_cache.max_concurrent_fetches,
+                reserved_free_space=conf.image_cache.reserved_free_space << 20,
+                max_size=(conf.image_cache.max_size << 30) or None,
+                remove_unused=conf.image_cache.remove_unused_base_images,
+                minimum_age_s=float(conf.image_cache.remove_unused_original_minimum_age_seconds),
+                high_watermark=conf.image_cache.high_watermark,
+                # Whoever lowers only the high one means both.
+                low_watermark=min(conf.image_cache.low_watermark, conf.image_cache.high_watermark),
+                prune_interval_s=float(conf.image_cache.manager_interval) or None,
+                scrub_interval_s=float(conf.image_cache.scrub_interval) or None,
+                host_id=conf.image_cache.host_id or _host_id(),
             ),
             qemu_img=QemuImgSettings(
                 cpu_time_s=conf.libvirt.images_cpu_time_limit,
@@ -300,6 +312,17 @@ def sample() -> str:
     output = io.StringIO()
     generator.generate(conf, output)
     return output.getvalue()
+
+
+def _host_id() -> str:
+    """Return machine-id(5), or what comes next to it on a host that has none."""
+    try:
+        machine_id = Path("/etc/machine-id").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        machine_id = ""
+    if re.fullmatch("[0-9a-f]{32}", machine_id):
+        return machine_id
+    return re.sub("[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip("._-") or "localhost"
 
 
 def _group(section: str) -> str | None:

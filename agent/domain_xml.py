@@ -7,7 +7,7 @@ find out what it is. Knows nothing of a running libvirt.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, assert_never, cast
 
@@ -101,7 +101,7 @@ def fill_template(xml: str, spec: DomainSpec) -> str:
     """Return the domain of `xml` with the instance's disks in it.
 
     All that the template says stays. What it leaves out is filled in: name,
-    uuid, size, type of machine, kernel, network cards, serial console. A
+    uuid, size, type of machine, kernel, order of boot, network cards, serial console. A
     `<disk>` that has the target of one of our disks and no source of its own
     becomes that disk, with whatever else it says (`<iotune>`, `<driver io=…>`);
     disks that have no such place are added.
@@ -122,6 +122,9 @@ def fill_template(xml: str, spec: DomainSpec) -> str:
     _kernel(os, spec)
     devices = _child(domain, "devices")
     places = _places(devices)
+    if os.find("boot") is not None or devices.find("*/boot") is not None:
+        # libvirt takes an order of boot in one way only, and each place in it once.
+        spec = replace(spec, disks=tuple(replace(disk, boot_index=None) for disk in spec.disks))
     if not devices.xpath("controller[@type='scsi']"):
         _controllers(devices, spec)
     for disk in _attached(spec):

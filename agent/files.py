@@ -23,6 +23,9 @@ from agent.errors import BackendError, InsufficientFreeSpace
 BLOCK = 4096
 """Bytes; what ext4 and xfs allocate at least, so a shorter hole saves nothing."""
 
+UNFINISHED = ".*.tmp"
+"""The glob of the files that `replacing` writes to, and a crash may leave."""
+
 _ZEROS = bytes(BLOCK)
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 _COPY_STEP = 16 << 20  # bytes between two looks at the cancellation: some 20 ms

@@ -247,12 +247,21 @@ class Hypervisor:
         self._work("defining the domain at", work)
 
     def start(self, uuid: str) -> None:
-        """Start a defined domain; one that runs is left alone."""
+        """Return when a defined domain has started; one that runs is left alone."""
 
         def work(connection: Connection) -> None:
             domain = connection.lookupByUUIDString(uuid)
-            if not domain.isActive():
+            try:
+                # Without a look before: a domain that somebody else, such as
+                # an agent that is dead by now, is starting is active already.
+                # This call waits for the end of that start.
                 domain.create()
+            except libvirt.libvirtError as e:
+                # libvirt has no code of its own for "it runs already", but has
+                # one for a start by somebody else that does not come to its end.
+                stuck = e.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
+                if stuck or not domain.isActive():
+                    raise
 
         self._work(f"starting domain {uuid} at", work)
 

@@ -5,15 +5,15 @@ is fetching the image, or starts one. A flight has a thread of its own and no
 owner: those who wait for it may leave one by one, and the last one out ends it.
 Other processes on the same directory are kept out by a file lock per base.
 
-Commit, and what a crash at any point of it leaves:
+A flight looks for the cheapest way to the bytes:
 
-    1. manifest aside, in the partial     a partial, verified again when asked for
-    2. rename of the data to its name     a file without a manifest: no entry; the
-                                          manifest in the partial completes it
-    3. rename of the manifest             the entry
+    1. the base is there, but not as it was left   its bytes are read and hashed
+    2. a commit was interrupted                    its last step is taken
+    3. another image has the same bytes            a second name for its file
+    4. the image source                            a fetch
 
-A base is never changed and never replaced. It is protected from removal by a
-pin (a job is about to stand on it) or by an instance that does.
+How bases lie on disk is `agent.store`'s business, who keeps them there
+`agent.usage`'s, and how they go `agent.pruner`'s. A base is never changed.
 """
 
 import logging
@@ -21,54 +21,34 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 from agent import manifest as manifests
-from agent import transfer
+from agent import metrics, transfer, twin
 from agent.base import Base, check_fits
 from agent.cancellation import Cancellation
 from agent.errors import (
     AgentStopping,
-    BackendError,
     BootwrightError,
     ImageCorrupt,
     ImageSourceUnavailable,
     InternalError,
-    NotFound,
 )
-from agent.files import fsync_directory, remove_tree
 from agent.flight import Flight, Seat
 from agent.image import Image
-from agent.ingest import Converter, Ingest, Ingested
-from agent.locks import FileLock, held
-from agent.manifest import Manifest, base_name, manifest_path
+from agent.ingest import Ingest
+from agent.intake.plain import Converter
+from agent.locks import held
+from agent.manifest import Manifest, base_name
 from agent.partial import Partial
 from agent.report import Progress
+from agent.space import Reservation, Space
+from agent.store import Entry, Store
 from agent.transfer import ImageSource, RetryPolicy
-from agent.views import Fetch
+from agent.usage import Usage
+from agent.verification import Verifier
+from agent.views import Fetch, Soundness
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """A base, as it is listed."""
-
-    path: Path
-    manifest: Manifest
-    allocated: int
-    """Bytes on disk."""
-    last_used_at: float
-    pinned_by: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PartialEntry:
-    name: str
-    allocated: int
-    being_fetched: bool
-    changed_at: float
 
 
 class ImageCache:
@@ -76,36 +56,29 @@ class ImageCache:
 
     def __init__(
         self,
-        directory: Path,
+        store: Store,
+        usage: Usage,
+        space: Space,
+        verifier: Verifier,
         *,
-        locks: Path,
         source: ImageSource,
         converter: Converter,
         policy: RetryPolicy,
         require_hash: bool,
         max_concurrent_fetches: int,
-        in_use: Callable[[str], list[str]],
     ) -> None:
-        """`directory` is `_base`; `in_use` names the instances that stand on a base."""
-        self.directory = directory
-        self._partials = directory / ".partial"
-        self._locks = locks
+        self._store = store
+        self._usage = usage
+        self._space = space
+        self._verifier = verifier
         self._source = source
         self._converter = converter
         self._policy = policy
         self._require_hash = require_hash
         self._slots = threading.BoundedSemaphore(max_concurrent_fetches)
-        self._in_use = in_use
         self._lock = threading.Lock()
         self._flights: dict[str, Flight] = {}
-        self._pins: dict[str, set[str]] = {}
         self._closing = False
-        for path in (directory, self._partials, locks):
-            path.mkdir(exist_ok=True)
-        # The hypervisor's user has to pass through to a base it is given, and
-        # to see nothing else on the way.
-        directory.chmod(0o711)
-        self._partials.chmod(0o700)
 
     # Asking
 
@@ -115,7 +88,7 @@ class ImageCache:
         Raises:
             ImageError: as the source says it.
         """
-        cached = manifests.read(manifest_path(self.directory / base_name(image_id)))
+        cached = self._store.find(base_name(image_id))
         if cached is None:
             return transfer.resolve(self._source, image_id, self._policy, cancellation)
         try:
@@ -126,7 +99,7 @@ class ImageCache:
                 e.message,
                 image_id,
             )
-            return cached.image
+            return cached.manifest.image
 
     def acquire(
         self,
@@ -148,20 +121,21 @@ class ImageCache:
             ImageError, InsufficientFreeSpace, BackendError: no base could be made.
             BootwrightError: what the cancellation was given.
         """
-        base = self._acquire(image, pin, max_virtual_size, cancellation, on_progress)
+        # Before the look, so that no removal can come between.
+        self._usage.pin(base_name(image.id), pin)
+        base = self._acquire(image, max_virtual_size, cancellation, on_progress)
         check_fits(image, base.virtual_size, max_virtual_size)
         return base
 
     def _acquire(
         self,
         image: Image,
-        pin: str,
         max_virtual_size: int | None,
         cancellation: Cancellation,
         on_progress: Callable[[Progress], None],
     ) -> Base:
         while True:
-            boarded = self._lookup_or_board(image, pin, max_virtual_size)
+            boarded = self._lookup_or_board(image, max_virtual_size)
             if isinstance(boarded, Base):
                 return boarded
             flight, seat = boarded
@@ -172,19 +146,19 @@ class ImageCache:
             cancellation.check()
 
     def _lookup_or_board(
-        self, image: Image, pin: str, max_virtual_size: int | None
+        self, image: Image, max_virtual_size: int | None
     ) -> Base | tuple[Flight, Seat | None]:
         name = base_name(image.id)
         with self._lock:
             if self._closing:
                 raise AgentStopping("the agent is stopping")
-            # Before the look, so that no removal can come between.
-            self._pins.setdefault(name, set()).add(pin)
-            base = self._lookup(image, "cache")
+            base = self._lookup(image)
             if base is not None:
+                metrics.IMAGE_REQUESTS.labels(result="hit").inc()
                 return base
             flight = self._flights.get(name)
             if flight is not None:
+                metrics.IMAGE_REQUESTS.labels(result="joined").inc()
                 return flight, flight.board(max_virtual_size)
             flight = self._flights[name] = Flight(image)
             seat = flight.board(max_virtual_size)
@@ -193,40 +167,21 @@ class ImageCache:
 
     def unpin(self, pin: str) -> None:
         """Give up every base that `pin` holds."""
-        with self._lock:
-            for name in [name for name, pins in self._pins.items() if pin in pins]:
-                self._pins[name].discard(pin)
-                if not self._pins[name]:
-                    del self._pins[name]
+        self._usage.unpin(pin)
 
-    def _lookup(self, image: Image, origin: str) -> Base | None:
-        path = self.directory / base_name(image.id)
-        manifest = manifests.read(manifest_path(path))
-        if manifest is None:
+    def _lookup(self, image: Image) -> Base | None:
+        """Return the base if it is there, and the file that was verified."""
+        entry = self._store.find(base_name(image.id))
+        if entry is None or not entry.recognised:
             return None
-        if not path.is_file():
-            LOG.warning(
-                "the base %s of image %s is gone although its manifest is there; fetching it anew",
-                path,
-                image.id,
-            )
-            return None
-        if image.digest is not None and manifest.digest != ":".join(image.digest):
+        if image.digest is not None and entry.manifest.digest != ":".join(image.digest):
             raise ImageCorrupt(
                 f"image {image.id} has another hash in {image.source} than when it was fetched: "
-                f"{':'.join(image.digest):.24}… instead of {manifest.digest:.24}…",
+                f"{':'.join(image.digest):.24}… instead of {entry.manifest.digest:.24}…",
                 "an image never changes under one id: upload the new content under a new id, or "
                 f"remove the old base once nothing uses it: bootwright image remove {image.id}",
             )
-        return Base(
-            name=path.name,
-            path=path,
-            format=manifest.format,
-            virtual_size=manifest.virtual_size,
-            image=image,
-            digest=manifest.digest,
-            origin=origin,
-        )
+        return _base(image, entry, origin="cache")
 
     # Fetching
 
@@ -236,8 +191,12 @@ class ImageCache:
         name = base_name(image.id)
         outcome: Base | BootwrightError
         try:
-            with held(self._locks / name, flight.cancellation), self._slot(flight):
-                outcome = self._lookup(image, "cache") or self._fetch(flight)
+            with (
+                held(self._store.lock_of(name), flight.cancellation),
+                held(self._store.lock_of(twin.lock_name(image)), flight.cancellation),
+                self._slot(flight),
+            ):
+                outcome = self._lookup(image) or self._recognised(flight) or self._made(flight)
         except BootwrightError as e:
             outcome = e
         except Exception as e:
@@ -259,18 +218,65 @@ class ImageCache:
         finally:
             self._slots.release()
 
-    def _fetch(self, flight: Flight) -> Base:
+    def _recognised(self, flight: Flight) -> Base | None:
+        """Return a base that has another identity than it had, if its bytes are right."""
         image = flight.image
-        path = self.directory / base_name(image.id)
-        partial = Partial(self._partials / path.name, image)
-        aside = partial.directory / "manifest.json"
-        if self._complete(path, aside):
-            base = self._lookup(image, image.source)
+        entry = self._store.find(base_name(image.id))
+        if entry is None:
+            return None
+        LOG.warning(
+            "the base %s of image %s is not the file it was; verifying it before it is used",
+            entry.path,
+            image.id,
+        )
+        found = self._verifier.verify_locked(image.id, flight.cancellation)
+        return None if found.soundness is Soundness.DAMAGED else self._lookup(image)
+
+    def _made(self, flight: Flight) -> Base:
+        image = flight.image
+        name = base_name(image.id)
+        partial = self._store.partial_of(image)
+        if self._store.complete(name, partial):
+            base = self._lookup(image)
             if base is not None:
                 partial.discard()
                 return base
-        # No manifest, so nobody was ever given this file.
-        path.unlink(missing_ok=True)
+        with self._space.reservation(f"image {image.id}", partial.directory) as reservation:
+            base = self._shared(flight, partial, reservation) or self._fetched(
+                flight, partial, reservation
+            )
+        partial.discard()
+        return base
+
+    def _shared(self, flight: Flight, partial: Partial, reservation: Reservation) -> Base | None:
+        """Return a base made of another image's, if one has the very same bytes."""
+        image = flight.image
+        name = base_name(image.id)
+        other = twin.find(self._store.entries(), image)
+        if other is None:
+            return None
+        pin = f"twin of {name}"
+        self._usage.pin(other.name, pin)
+        try:
+            flight.header_seen(other.manifest.virtual_size)
+            data = twin.take(other, partial, reservation, flight.cancellation)
+            if data is None:
+                return None
+            manifest = twin.manifest(other, image, manifests.identity(data))
+            self._store.commit(name, data, manifest, partial)
+        finally:
+            self._usage.unpin(pin)
+        metrics.IMAGE_REQUESTS.labels(result="shared").inc()
+        LOG.info(
+            "image %s is in the cache: it has the bytes of image %s, which was there",
+            image.id,
+            other.manifest.image.id,
+        )
+        return _base(image, self._store.get(image.id), origin="cache")
+
+    def _fetched(self, flight: Flight, partial: Partial, reservation: Reservation) -> Base:
+        image = flight.image
+        metrics.IMAGE_REQUESTS.labels(result="miss").inc()
         ingested = Ingest(
             image,
             self._source,
@@ -280,10 +286,24 @@ class ImageCache:
             cancellation=flight.cancellation,
             require_hash=self._require_hash,
             on_header=flight.header_seen,
+            reserve=reservation.need,
             on_advance=flight.advance,
         ).run()
-        self._commit(image, ingested, path, aside)
-        partial.discard()
+        metrics.FETCH_BYTES.inc(ingested.received)
+        ingested.path.chmod(0o640)
+        now = time.time()
+        manifest = Manifest(
+            image=image,
+            virtual_size=ingested.virtual_size,
+            source_format=ingested.source_format,
+            source_size=ingested.source_size,
+            digest=ingested.digest,
+            content_digest=ingested.content_digest,
+            identity=manifests.identity(ingested.path),
+            verified_at=now,
+            created_at=now,
+        )
+        self._store.commit(base_name(image.id), ingested.path, manifest, partial)
         LOG.info(
             "image %s is in the cache: %d bytes received, %d kept from before, %s, raw size %d",
             image.id,
@@ -292,92 +312,15 @@ class ImageCache:
             ingested.source_format,
             ingested.virtual_size,
         )
-        return Base(
-            name=path.name,
-            path=path,
-            format="raw",
-            virtual_size=ingested.virtual_size,
-            image=image,
-            digest=ingested.digest,
+        return _base(
+            image,
+            self._store.get(image.id),
             origin=image.source,
             received=ingested.received,
             resumed=ingested.resumed,
         )
 
-    def _commit(self, image: Image, ingested: Ingested, path: Path, aside: Path) -> None:
-        try:
-            ingested.path.chmod(0o640)
-            manifests.write(
-                aside,
-                Manifest(
-                    image=image,
-                    virtual_size=ingested.virtual_size,
-                    source_format=ingested.source_format,
-                    source_size=ingested.source_size,
-                    digest=ingested.digest,
-                    created_at=time.time(),
-                ),
-            )
-            ingested.path.rename(path)
-            fsync_directory(self.directory)
-            self._complete(path, aside)
-        except OSError as e:
-            raise BackendError(
-                f"the base {path} cannot be committed: {e}",
-                "check the file system and the kernel's log",
-            ) from e
-
-    def _complete(self, path: Path, aside: Path) -> bool:
-        """Take the last step of a commit if all before it have been taken."""
-        if not path.is_file() or not aside.is_file():
-            return False
-        aside.rename(manifest_path(path))
-        fsync_directory(self.directory)
-        return True
-
-    # Keeping house
-
-    def entries(self) -> list[Entry]:
-        """Return the bases, most recently used first."""
-        found = []
-        for path in self.directory.glob("*.json"):
-            entry = self._entry(path)
-            if entry is not None:
-                found.append(entry)
-        return sorted(found, key=lambda entry: entry.last_used_at, reverse=True)
-
-    def entry(self, image_id: str) -> Entry:
-        """Raises: NotFound."""
-        entry = self._entry(manifest_path(self.directory / base_name(image_id)))
-        if entry is None:
-            raise NotFound(
-                f"image {image_id} is not in the cache of this host",
-                f"bootwright image fetch {image_id} gets it",
-            )
-        return entry
-
-    def _entry(self, path: Path) -> Entry | None:
-        base = path.with_suffix("")
-        manifest = manifests.read(path)
-        try:
-            stat = base.stat()
-        except FileNotFoundError:
-            return None
-        if manifest is None:
-            return None
-        with self._lock:
-            pins = tuple(sorted(self._pins.get(base.name, ())))
-        return Entry(
-            path=base,
-            manifest=manifest,
-            allocated=stat.st_blocks * 512,
-            last_used_at=stat.st_mtime,
-            pinned_by=pins,
-        )
-
-    def path_of(self, name: str) -> Path:
-        """Return where the base of that name is, or would be."""
-        return self.directory / name
+    # What is going on
 
     def being_fetched(self) -> list[Image]:
         with self._lock:
@@ -389,78 +332,6 @@ class ImageCache:
             flights = list(self._flights.values())
         return [flight.describe() for flight in flights]
 
-    def partials(self) -> list[PartialEntry]:
-        """Return what is being fetched, or waits to be gone on with."""
-        found = []
-        for path in self._partials.iterdir():
-            try:
-                files = [file.stat() for file in path.iterdir()]
-                changed_at = max([path.stat().st_mtime, *(file.st_mtime for file in files)])
-            except FileNotFoundError:
-                continue
-            found.append(
-                PartialEntry(
-                    name=path.name,
-                    allocated=sum(file.st_blocks for file in files) * 512,
-                    being_fetched=path.name in self._flights,
-                    changed_at=changed_at,
-                )
-            )
-        return found
-
-    def remove(self, image_id: str) -> None:
-        """Remove an image's base.
-
-        Raises:
-            NotFound: it is not here.
-            BackendError: a job or an instance stands on it.
-        """
-        entry = self.entry(image_id)
-        with self._lock:
-            users = [f"job {pin}" for pin in sorted(self._pins.get(entry.path.name, ()))]
-            users += [f"instance {name}" for name in self._in_use(entry.path.name)]
-            if users:
-                raise BackendError(
-                    f"image {image_id} is in use by {', '.join(users[:5])}"
-                    + (f" and {len(users) - 5} more" if len(users) > 5 else ""),
-                    "delete what uses it first",
-                )
-            # The manifest first: without it the rest is no entry.
-            manifest_path(entry.path).unlink(missing_ok=True)
-            entry.path.unlink(missing_ok=True)
-            fsync_directory(self.directory)
-        LOG.info("image %s removed from the cache, %d bytes", image_id, entry.allocated)
-
-    def sweep(self, *, older_than_s: float) -> None:
-        """Remove partials nobody went on with for so long, and files of no entry."""
-        limit = time.time() - older_than_s
-        stale = {entry.name for entry in self.partials() if entry.changed_at < limit}
-        for path in self.directory.iterdir():
-            if path.is_file() and path.stat().st_mtime < limit and not self._is_of_entry(path):
-                stale.add(path.name.removeprefix(".")[:40])
-        for name in sorted(stale):
-            lock = FileLock(self._locks / name)
-            if not lock.try_acquire():
-                continue  # somebody is at work on it
-            try:
-                self._sweep_one(name)
-            finally:
-                lock.release()
-
-    def _sweep_one(self, name: str) -> None:
-        partial = self._partials / name
-        if partial.is_dir():
-            LOG.info("removing the partial %s, which nobody has gone on with", partial)
-            remove_tree(partial)
-        for path in [*self.directory.glob(f"{name}*"), *self.directory.glob(f".{name}*")]:
-            if not self._is_of_entry(path):
-                LOG.info("removing %s, which belongs to no entry of the cache", path)
-                path.unlink(missing_ok=True)
-
-    def _is_of_entry(self, path: Path) -> bool:
-        base = path.with_suffix("") if path.suffix == ".json" else path
-        return base.is_file() and manifests.read(manifest_path(base)) is not None
-
     def close(self, timeout_s: float) -> None:
         """End every flight, keeping what it has, and wait for them."""
         with self._lock:
@@ -471,3 +342,17 @@ class ImageCache:
         deadline = time.monotonic() + timeout_s
         for flight in flights:
             flight.landed.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _base(image: Image, entry: Entry, *, origin: str, received: int = 0, resumed: int = 0) -> Base:
+    return Base(
+        name=entry.name,
+        path=entry.path,
+        format=entry.manifest.format,
+        virtual_size=entry.manifest.virtual_size,
+        image=image,
+        digest=entry.manifest.digest,
+        origin=origin,
+        received=received,
+        resumed=resumed,
+    )

@@ -1,8 +1,8 @@
-"""One pass of one image: from the image source to a verified raw file.
+"""One pass of one image: from the image source to a verified raw disk.
 
-    transfer ──▶ inspection        what is it, may we have it?
-             ──▶ hash, own thread  are these the bytes that were promised?
-             ──▶ partial           sparse
+    transfer ──▶ inspection          what is it, may we have it?
+             ──▶ intake ──▶ hash, own thread  are these the bytes that were promised?
+                        ──▶ partial     plain, or decoded on the way
 
 Bytes are looked at once, while they pass. Nothing outside the partial's own
 directory is touched, and nothing in it is believed before the hash of the
@@ -15,15 +15,11 @@ with the image itself removes it.
 
 import contextlib
 import errno
-import hashlib
 import logging
-import queue
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
 
 from agent.cancellation import Cancellation
 from agent.errors import (
@@ -33,36 +29,18 @@ from agent.errors import (
     ImageSourceUnavailable,
     ImageUnacceptable,
 )
-from agent.files import SparseWriter, free_bytes, no_space
+from agent.files import free_bytes, no_space
 from agent.image import Image
-from agent.inspection import Inspection, Verdict, refuse_nested
-from agent.partial import Marker, Partial
+from agent.inspection import HEAD, Inspection
+from agent.intake import Intake, Undecodable, decoded
+from agent.intake.decoded import DecodedIntake
+from agent.intake.plain import PLAIN_FORMATS, Converter, PlainIntake
+from agent.partial import Partial
+from agent.qcow2_decoder import Unsupported
 from agent.report import TaskState
 from agent.transfer import ImageSource, RetryPolicy, Transfer
 
 LOG = logging.getLogger(__name__)
-
-MIB = 1 << 20
-
-# Enough for the hash to ride out a slow write, little enough to count on.
-HASH_QUEUE_CHUNKS = 16
-
-# Content that is a disk as it stands.
-PLAIN_FORMATS = frozenset({"raw", "iso"})
-
-
-class Converter(Protocol):
-    """What turns other formats into raw; `agent.qemu_img.QemuImg` does."""
-
-    def convert(
-        self,
-        source: Path,
-        source_format: str,
-        target: Path,
-        cancellation: Cancellation,
-        *,
-        virtual_size: int | None,
-    ) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +53,8 @@ class Ingested:
     source_size: int
     digest: str
     """`algorithm:hex` of the bytes the source sent."""
+    content_digest: str | None
+    """`algorithm:hex` of the bytes of `path`, None if nobody has hashed those."""
     received: int
     """Bytes the source sent in this run."""
     resumed: int
@@ -106,12 +86,14 @@ class Ingest:
         cancellation: Cancellation,
         require_hash: bool,
         on_header: Callable[[int], None],
+        reserve: Callable[[int], None],
         on_advance: Callable[[Advance], None],
     ) -> None:
         """The caller holds the lock on the partial.
 
         `on_header` gets the virtual size in bytes as soon as it is known, and
-        raises what should stop the ingest before more is written.
+        `reserve` the bytes the ingest may still write from then on; both raise
+        what should stop it before more is written.
         """
         self._image = image
         self._source = source
@@ -121,12 +103,13 @@ class Ingest:
         self._cancellation = cancellation
         self._require_hash = require_hash
         self._on_header = on_header
+        self._reserve = reserve
         self._on_advance = on_advance
         self._algorithm = "sha512" if image.digest is None else image.digest[0]
         self._received = 0
 
     def run(self) -> Ingested:
-        """Fetch, verify and convert.
+        """Fetch, verify and make raw.
 
         What remains of a failure is a partial worth going on with, or nothing.
 
@@ -144,23 +127,32 @@ class Ingest:
                 "[image_cache] require_hash = false",
             )
         try:
-            return self._twice_if_corrupt()
+            return self._twice_if_damaged()
         except BootwrightError as e:
-            if self._cancellation.cancelled or isinstance(e, ImageSourceUnavailable):
-                self._partial.discard_if_empty()
-            else:
+            passing = self._cancellation.cancelled or isinstance(e, ImageSourceUnavailable)
+            if not (passing and self._worth_keeping()):
                 self._partial.discard()
             raise
 
-    def _twice_if_corrupt(self) -> Ingested:
+    def _worth_keeping(self) -> bool:
+        data = self._partial.data
+        return decoded.begun(self._partial) or (data.exists() and data.stat().st_size > 0)
+
+    def _twice_if_damaged(self) -> Ingested:
         try:
             return self._attempt()
-        except ImageCorrupt as e:
+        except (ImageCorrupt, Undecodable) as e:
             # A proxy or a cable may have flipped a bit once, and a partial of an
-            # earlier run may have been damaged. Whoever is corrupt twice is.
-            LOG.warning("%s; fetching it once more from the start", e.message)
+            # earlier run may have been damaged. What is wrong twice is wrong.
+            LOG.warning("image %s: %s; fetching it once more from the start", self._image.id, e)
             self._partial.discard()
+        try:
             return self._attempt()
+        except Undecodable as e:
+            raise ImageUnacceptable(
+                f"image {self._image.id} is not the {self._image.disk_format} it claims to be: {e}",
+                "make it anew, with 'qemu-img convert -O qcow2', and upload that",
+            ) from e
 
     def _attempt(self) -> Ingested:
         inspection = Inspection(
@@ -169,80 +161,112 @@ class Ingest:
             container_format=self._image.container_format,
             size=self._image.size,
         )
+        with contextlib.ExitStack() as stack:
+            try:
+                intake = self._pass(inspection, stack)
+                self._advance(TaskState.IMAGE_VERIFYING, intake.offset)
+                digest = intake.digest()
+            except OSError as e:
+                raise self._translate(e) from e
+            self._verify(digest, intake.kept)
+            verdict = inspection.finish()
+            # Of a very small image, and of a fixed VHD, the size is known only now.
+            self._on_header(verdict.virtual_size)
+            path = intake.disk(verdict)
+            as_sent = path == self._partial.data
+            return Ingested(
+                path=path,
+                # What a header says is a promise, and with some formats only a
+                # bound; the disk is what came of it.
+                virtual_size=path.stat().st_size,
+                source_format=verdict.format,
+                source_size=intake.offset,
+                digest=f"{self._algorithm}:{digest}",
+                content_digest=f"{self._algorithm}:{digest}" if as_sent else None,
+                received=self._received,
+                resumed=intake.kept,
+            )
+
+    def _pass(self, inspection: Inspection, stack: contextlib.ExitStack) -> Intake:
+        """Let every byte of the image pass once."""
+        intake: Intake | None = None
+        if self._partial.open():
+            intake = self._resume(inspection)
+        if intake is not None:
+            stack.callback(intake.close)
+        kept = 0 if intake is None else intake.kept
+        transfer = Transfer(self._source, self._image, kept, self._policy, self._cancellation)
+        pieces = stack.enter_context(contextlib.closing(iter(transfer)))
+        checked = False
         try:
-            kept = self._partial.keep()
-            with _Hasher(self._algorithm) as hasher:
-                size = self._pass(kept, inspection, hasher)
-                self._advance(TaskState.IMAGE_VERIFYING, size)
-                digest = hasher.hexdigest()
-        except OSError as e:
-            raise self._translate(e) from e
-        self._verify(digest, kept)
-        verdict = inspection.finish()
-        path = self._plain(verdict)
-        return Ingested(
-            path=path,
-            # What a header says is a promise, and with some formats only a
-            # bound; the disk is what came of it.
-            virtual_size=path.stat().st_size,
-            source_format=verdict.format,
-            source_size=size,
-            digest=f"{self._algorithm}:{digest}",
-            received=self._received,
-            resumed=kept,
+            for chunk in _with_whole_head(pieces) if kept == 0 else pieces:
+                # Before it is kept: of what is refused here nothing is written.
+                inspection.feed(chunk)
+                if not checked and inspection.virtual_size is not None:
+                    checked = True
+                    self._check_size(inspection.virtual_size, kept)
+                if intake is None:
+                    intake = self._begin(chunk[:HEAD], inspection)
+                    stack.callback(intake.close)
+                intake.take(chunk)
+                self._advance(TaskState.IMAGE_DOWNLOADING, intake.offset)
+        finally:
+            self._received += transfer.received
+        if intake is None:
+            intake = self._plain(inspection)
+            stack.callback(intake.close)
+        return intake
+
+    def _resume(self, inspection: Inspection) -> Intake | None:
+        if decoded.begun(self._partial):
+            return DecodedIntake.resume(
+                self._partial,
+                inspection,
+                algorithm=self._algorithm,
+                cancellation=self._cancellation,
+            )
+        if self._partial.data.exists():
+            return self._plain(inspection)
+        return None
+
+    def _begin(self, head: bytes, inspection: Inspection) -> Intake:
+        if decoded.possible(self._image):
+            try:
+                return DecodedIntake.begin(self._partial, algorithm=self._algorithm, head=head)
+            except Unsupported as e:
+                LOG.info("image %s goes through qemu-img: %s", self._image.id, e)
+        return self._plain(inspection)
+
+    def _plain(self, inspection: Inspection) -> PlainIntake:
+        return PlainIntake(
+            self._partial,
+            inspection,
+            algorithm=self._algorithm,
+            converter=self._converter,
+            cancellation=self._cancellation,
         )
 
-    def _pass(self, kept: int, inspection: Inspection, hasher: "_Hasher") -> int:
-        """Let every byte of the image pass once; return how many there were."""
-        header_seen = False
-
-        def look(chunk: bytes) -> None:
-            nonlocal header_seen
-            hasher.update(chunk)
-            inspection.feed(chunk)
-            if not header_seen and inspection.virtual_size is not None:
-                header_seen = True
-                self._check_size(inspection.virtual_size)
-
-        with (
-            self._partial.data.open("rb", buffering=0) as file,
-            SparseWriter(self._partial.data, kept) as writer,
-            Marker(file.fileno(), self._partial.mark) as marker,
-        ):
-            while chunk := file.read(MIB):
-                self._cancellation.check()
-                look(chunk)
-            transfer = Transfer(self._source, self._image, kept, self._policy, self._cancellation)
-            with contextlib.closing(iter(transfer)) as chunks:
-                for chunk in chunks:
-                    look(chunk)
-                    writer.write(chunk)
-                    marker.reached(writer.size)
-                    self._advance(TaskState.IMAGE_DOWNLOADING, writer.size)
-            writer.flush()
-            self._received += transfer.received
-            return writer.size
-
-    def _check_size(self, virtual_size: int) -> None:
+    def _check_size(self, virtual_size: int, kept: int) -> None:
         """Stop here what cannot end well, before more of it is written."""
         self._on_header(virtual_size)
-        # Beside the source's bytes stands, for a while, the raw file made of
-        # them. It may turn out sparse; but only in full is it sure to fit.
-        needed = self._image.size or 0
-        if self._image.disk_format not in PLAIN_FORMATS:
-            needed += virtual_size
-        present = self._partial.data.stat().st_blocks * 512
-        free = free_bytes(self._partial.directory)
-        if needed > free + present:
-            raise self._no_space(needed)
-
-    def _no_space(self, needed: int) -> BootwrightError:
-        directory = self._partial.directory.parent
-        return no_space(directory, needed, free_bytes(directory), f"image {self._image.id}")
+        missing = max(0, (self._image.size or 0) - kept)
+        if self._image.disk_format in PLAIN_FORMATS:
+            self._reserve(missing)
+        elif decoded.possible(self._image):
+            # The bytes themselves are not kept, but for those that come before
+            # the tables they belong to.
+            self._reserve(max(missing, virtual_size))
+        else:
+            # Beside the source's bytes stands, for a while, the raw file made
+            # of them. It may turn out sparse; but only in full is it sure to fit.
+            self._reserve(missing + virtual_size)
 
     def _translate(self, error: OSError) -> BootwrightError:
+        directory = self._partial.directory
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return self._no_space(self._image.size or 0)
+            free = free_bytes(directory.parent)
+            what = f"fetching image {self._image.id} into"
+            return no_space(directory, self._image.size or 0, free, what)
         return BackendError(
             f"the partial of image {self._image.id} cannot be written: {error}",
             "check the file system and the kernel's log",
@@ -263,55 +287,14 @@ class Ingest:
             "upload it again under a new id",
         )
 
-    def _plain(self, verdict: Verdict) -> Path:
-        """Return the file that holds the disk itself, converted if need be."""
-        if verdict.format in PLAIN_FORMATS:
-            return self._partial.data
-        self._partial.raw.unlink(missing_ok=True)
-        self._converter.convert(
-            self._partial.data,
-            verdict.format,
-            self._partial.raw,
-            self._cancellation,
-            virtual_size=verdict.virtual_size,
-        )
-        refuse_nested(self._image.id, self._partial.raw)
-        return self._partial.raw
 
-
-class _Hasher:
-    """A hash in a thread of its own.
-
-    SHA-512 costs more than network and disk together (about 1.6 s a GiB on one
-    core); hashlib lets go of the interpreter lock, so beside them it costs
-    only itself.
-    """
-
-    def __init__(self, algorithm: str) -> None:
-        self._hash = hashlib.new(algorithm)
-        self._chunks: queue.Queue[bytes | None] = queue.Queue(HASH_QUEUE_CHUNKS)
-        self._thread = threading.Thread(target=self._run, name="image-hash")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._finish()
-
-    def _run(self) -> None:
-        while (chunk := self._chunks.get()) is not None:
-            self._hash.update(chunk)
-
-    def _finish(self) -> None:
-        if self._thread.is_alive():
-            self._chunks.put(None)
-            self._thread.join()
-
-    def update(self, chunk: bytes) -> None:
-        self._chunks.put(chunk)
-
-    def hexdigest(self) -> str:
-        """Wait for what was given to `update`, and return the digest."""
-        self._finish()
-        return self._hash.hexdigest()
+def _with_whole_head(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield what `pieces` does, the first of them at least as long as the head."""
+    head = bytearray()
+    for piece in pieces:
+        head += piece
+        if len(head) >= HEAD:
+            break
+    if head:
+        yield bytes(head)
+    yield from pieces

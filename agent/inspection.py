@@ -3,7 +3,8 @@
 Nothing of QEMU may open an image before this has let it pass: the content must
 be what the image source says it is, complete in itself, and promise no absurd
 size. The first bytes tell the format; what must be read behind them of VMDK
-and VHDX is left to oslo.utils' format inspectors, with rules of ours on top.
+and VHDX is left to oslo.utils' format inspectors, with rules of ours on top
+(`disk_headers`).
 
 Two of oslo's inspectors are not used. Its GPT one, because a partitioned disk
 is raw content to us and QEMU is always told so, and its rules would refuse
@@ -12,14 +13,14 @@ systems without partitions. Its qcow2 one, because it refuses extended L2
 entries and looks at little else; `qcow2.parse_header` looks at more.
 """
 
-import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from oslo_utils.imageutils import format_inspector
 
-from agent import qcow2
+from agent import disk_headers, qcow2
 from agent.errors import ImageUnacceptable
 
 MAX_VIRTUAL_SIZE = qcow2.MAX_VIRTUAL_SIZE
@@ -27,7 +28,7 @@ MAX_VIRTUAL_SIZE = qcow2.MAX_VIRTUAL_SIZE
 
 # All that tells one format from another lies in here, and all of the headers
 # of qcow2, VHD and VDI. VHDX's region table comes last and ends with it.
-_HEAD = 256 << 10
+HEAD = 256 << 10
 # oslo's VHDX inspector looks for what a table points to one call after it has
 # seen the table, so one call must never bring both.
 _SLICE = 64 << 10
@@ -58,12 +59,26 @@ _MAGICS = (
 )
 _DMG_TRAILER = b"koly"
 
-_VMDK_SUBTYPES = ("monolithicsparse", "streamoptimized")
-_VMDK_EXTENT = re.compile(r'(?:rw|rdonly) \d+ sparse "([^"]*)"')
-_VHDX_PARENT_LOCATOR = bytes.fromhex("2d5fd3a80bb34d45abf7d3d84834ab0c")
-
 _CONVERT = "make it a self-contained image, with 'qemu-img convert -O qcow2', and upload that"
 _UPLOAD = "upload its data again"
+
+
+class _VHDXInspector(format_inspector.VHDXInspector):
+    """Also looks for the file parameters."""
+
+    def post_process(self) -> None:
+        super().post_process()
+        if not self.has_region("vds") or self.has_region("parameters"):
+            return
+        metadata = self.region("metadata")
+        offset = disk_headers.vhdx_parameters_offset(bytes(metadata.data))
+        self.new_region("parameters", format_inspector.CaptureRegion(metadata.offset + offset, 8))
+
+
+_INSPECTORS: Mapping[str, type[format_inspector.FileInspector]] = {
+    "vmdk": format_inspector.VMDKInspector,
+    "vhdx": _VHDXInspector,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,13 +152,22 @@ class Inspection:
         else:
             self._tail = (self._tail + chunk)[-_TAIL:]
         if self._content is None:
-            room = _HEAD - len(self._head)
+            room = HEAD - len(self._head)
             self._head += chunk[:room]
-            if len(self._head) < _HEAD:
+            # A small image has to be judged by its last byte, not after it: its
+            # size is to be known before anything is made of it.
+            if len(self._head) < HEAD and self._length != self._size:
                 return
             self._content = self._decided()
             chunk = chunk[room:]
         self._read_on(chunk)
+
+    def pass_over(self, count: int) -> None:
+        """Count bytes that were looked at in an earlier run; only of what is settled."""
+        if not self.settled:
+            raise AssertionError("what has not been looked at cannot be passed over")
+        self._length += count
+        self._tail = b""
 
     def finish(self) -> Verdict:
         """Return the verdict after the last byte.
@@ -163,13 +187,17 @@ class Inspection:
                 f"it is cut short: its {content} header points beyond its {self._length} bytes",
                 _UPLOAD,
             )
+        if content == "vhd" and not self._tail.startswith(b"conectix"):
+            raise self._unacceptable(
+                "it is cut short: its vhd header needs a footer in its last 512 bytes", _UPLOAD
+            )
         if content == "raw":
             content = self._by_tail()
         # Again, now that the length is certain.
         if content in ("raw", "iso"):
             self._promise(self._length)
-        elif content == "qcow2":
-            self._read_header("qcow2")
+        elif content in ("qcow2", "vdi"):
+            self._read_header(content)
         if self._virtual_size is None:
             raise self._unacceptable(f"its {content} header names no size", _UPLOAD)
         return Verdict(format=_QEMU_NAMES.get(content, content), virtual_size=self._virtual_size)
@@ -195,11 +223,11 @@ class Inspection:
             case "qcow2" | "vhd" | "vdi":
                 self._read_header(content)
             case "vmdk" | "vhdx":
-                self._inspector = format_inspector.ALL_FORMATS[content]()
-                self._read_on(head)
+                self._inspector = _INSPECTORS[content]()
             case _:
                 if self._size is not None and self._claim != "vhd":
                     self._promise(self._size)
+        self._read_on(head)
         return content
 
     def _read_header(self, content: str) -> None:
@@ -209,9 +237,9 @@ class Inspection:
                 case "qcow2":
                     size = qcow2.parse_header(head, self._size).virtual_size
                 case "vhd":
-                    size = _vhd_size(head, kind=3)
+                    size = disk_headers.vhd_size(head, kind=3)
                 case _:
-                    size = _vdi_size(head)
+                    size = disk_headers.vdi_size(head, self._size)
         except ValueError as e:
             raise self._unacceptable(str(e), _CONVERT) from e
         self._promise(size)
@@ -233,11 +261,11 @@ class Inspection:
         """Apply the rules as far as the inspector has come; let go of it when it is done."""
         try:
             if isinstance(inspector, format_inspector.VMDKInspector):
-                _check_vmdk(bytes(self._head[:4]), inspector.desc_text)
-            elif _VHDX_PARENT_LOCATOR in _metadata(inspector):
-                raise ValueError(
-                    "the vhdx metadata has a parent locator; an image must be self-contained"
-                )
+                disk_headers.check_vmdk_header(bytes(self._head[:64]), self._size)
+                if inspector.desc_text is not None:
+                    disk_headers.check_vmdk_descriptor(inspector.desc_text)
+            elif inspector.has_region("parameters") and inspector.region("parameters").complete:
+                disk_headers.check_vhdx_parameters(bytes(inspector.region("parameters").data))
             size = inspector.virtual_size
             if inspector.complete:
                 inspector.safety_check()
@@ -260,7 +288,7 @@ class Inspection:
         if not self._tail.startswith(b"conectix"):
             raise self._contradiction("raw")
         try:
-            _vhd_size(self._tail, kind=2)
+            disk_headers.vhd_size(self._tail, kind=2)
         except ValueError as e:
             raise self._unacceptable(str(e), _CONVERT) from e
         self._promise(self._length - _TAIL)
@@ -298,7 +326,7 @@ def refuse_nested(image_id: str, raw: Path) -> None:
         ImageUnacceptable
     """
     with raw.open("rb") as opened:
-        found = _formats(opened.read(_HEAD)) - {"iso"}
+        found = _formats(opened.read(HEAD)) - {"iso"}
     if found:
         raise ImageUnacceptable(
             f"image {image_id}: its virtual disk itself holds an image of format "
@@ -319,73 +347,3 @@ def _formats(head: bytes) -> set[str]:
     except Exception:  # noqa: BLE001, S110 - not a text in ASCII, so no descriptor either
         pass
     return found
-
-
-def _vhd_size(footer: bytes, kind: int) -> int:
-    """Return the size in a VHD footer (or its copy at the start of a dynamic disk)."""
-    if len(footer) < 512:
-        raise ValueError(f"the vhd footer is cut short after {len(footer)} of 512 bytes")
-    current, cylinders, heads, sectors, found = struct.unpack_from(">QHBBI", footer, 48)
-    if found == 4:
-        raise ValueError(
-            "the vhd is a differencing disk (type 4 at byte 60 of its footer); an image must be "
-            "self-contained"
-        )
-    if found != kind:
-        raise ValueError(f"the vhd type is {found} (byte 60 of its footer), not {kind}")
-    # QEMU goes by one or the other, depending on the program that wrote the
-    # file; but the largest geometry there is says only that the disk is larger.
-    if (cylinders, heads, sectors) == (65535, 16, 255):
-        return int(current)
-    return int(max(current, cylinders * heads * sectors * 512))
-
-
-def _vdi_size(header: bytes) -> int:
-    if len(header) < 512:
-        raise ValueError(f"the vdi header is cut short after {len(header)} of 512 bytes")
-    (kind,) = struct.unpack_from("<I", header, 0x4C)
-    if kind not in (1, 2):
-        raise ValueError(f"the vdi type is {kind} (byte 0x4c), not 1 (dynamic) or 2 (static)")
-    if any(header[0x1A8:0x1C8]):
-        raise ValueError(
-            "the vdi names another disk (link or parent UUID at bytes 0x1a8 to 0x1c7); an image "
-            "must be self-contained"
-        )
-    return int(struct.unpack_from("<Q", header, 0x170)[0])
-
-
-def _check_vmdk(magic: bytes, descriptor: str | None) -> None:
-    """Check what oslo leaves open; `descriptor` is in lower case, None if not seen yet."""
-    if magic != b"KDMV":
-        raise ValueError(
-            "the vmdk is no sparse extent (no 4b 44 4d 56 at byte 0) and needs other files; an "
-            "image must be self-contained"
-        )
-    if descriptor is None:
-        return
-    subtypes = re.findall(r'createtype\s*=\s*"?([^"\n]*)', descriptor)
-    if len(subtypes) != 1 or subtypes[0] not in _VMDK_SUBTYPES:
-        raise ValueError(
-            f"the vmdk's createType is {', '.join(subtypes)[:80] or 'missing'}, not one of "
-            f"{', '.join(_VMDK_SUBTYPES)}"
-        )
-    parent = re.search(r"parentcid\s*=\s*(\S+)", descriptor)
-    if "parentfilenamehint" in descriptor or (parent and parent[1] != "ffffffff"):
-        raise ValueError("the vmdk descriptor names a parent; an image must be self-contained")
-    extents = [
-        line.strip()
-        for line in descriptor.splitlines()
-        if line.strip().startswith(("rw", "rdonly", "noaccess"))
-    ]
-    matched = _VMDK_EXTENT.fullmatch(extents[0]) if len(extents) == 1 else None
-    if matched is None or re.search(r"[/\\]|\.\.", matched[1]):
-        raise ValueError(
-            "the vmdk descriptor must have one sparse extent, in the file itself, and has "
-            f"{'; '.join(extents)[:120] or 'none'}"
-        )
-
-
-def _metadata(inspector: format_inspector.FileInspector) -> bytes:
-    if not inspector.has_region("metadata"):
-        return b""
-    return bytes(inspector.region("metadata").data)

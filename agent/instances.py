@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from agent.disk import Disk
 from agent.errors import InstanceExists, NotFound
-from agent.files import fsync_directory, remove_tree, write_durably
+from agent.files import UNFINISHED, fsync_directory, remove_tree, write_durably
 from agent.job import ImagesType
 
 LOG = logging.getLogger(__name__)
@@ -69,8 +69,9 @@ class Instances:
 
     def _load(self) -> None:
         for entry in sorted(self._directory.iterdir()):
+            # A file system's own lost+found, for one, may not even be looked into.
             path = entry / RECORD_NAME
-            if not path.is_file():
+            if not _is_uuid(entry.name) or not path.is_file():
                 continue
             try:
                 record = _RECORD.validate_json(path.read_bytes())
@@ -181,12 +182,23 @@ class Instances:
             self._known.pop(uuid, None)
 
     def sweep(self) -> list[Path]:
-        """Remove what a crash left before a record was written; call it before any job runs."""
+        """Remove what a crash left, and return it; call it before any job runs.
+
+        That is directories without a record, and in the others what was being
+        written and had not got its name yet.
+        """
         swept = []
-        for entry in self._directory.iterdir():
-            if _is_uuid(entry.name) and not (entry / RECORD_NAME).exists():
-                remove_tree(entry)
-                swept.append(entry)
+        for directory in self._directory.iterdir():
+            if not _is_uuid(directory.name):
+                continue
+            if (directory / RECORD_NAME).exists():
+                unfinished = list(directory.glob(UNFINISHED))
+                for path in unfinished:
+                    path.unlink()
+                swept += unfinished
+            else:
+                remove_tree(directory)
+                swept.append(directory)
         return swept
 
 

@@ -108,36 +108,57 @@ class Instance(_Schema):
     """The virtual machine a boot job makes."""
 
     uuid: Uuid | None = None
+    """A UUID; made up if absent."""
     name: HostName | None = None
+    """Of the domain, and host name of the guest; unique on this host. 1 to 63 letters, digits,
+    `.` and `-`. Needed, except to delete by `uuid`."""
     metadata: dict[str, str] = Field(default_factory=dict)
+    """Kept with the instance; `meta` on its config drive."""
     user_data: Annotated[str, StringConstraints(max_length=65535)] | None = None
+    """For cloud-init: the plain text, not base64. Makes a config drive."""
     config_drive: bool = False
+    """Attach a read-only disk with the instance's metadata, labelled `config-2`."""
 
 
 class Ephemeral(_Schema):
     size: int = Field(ge=1, le=1 << 20, description="GiB")
+    """Of the disk."""
     guest_format: GuestFormat | None = None
+    """File system it is born with, labelled `ephemeral0`, `ephemeral1` …; the host's
+    `default_ephemeral_format` if absent."""
 
 
 class Flavor(_Schema):
     vcpus: int = Field(ge=1, le=4096)
+    """Virtual processors."""
     ram: int = Field(ge=1, le=1 << 26, description="MiB")
+    """Memory."""
     disk: int = Field(ge=0, le=1 << 20, description="GiB; 0 keeps the image's own size")
+    """The root disk, exactly."""
     ephemeral: tuple[Ephemeral, ...] = Field(default=(), max_length=20)
+    """Further disks, empty but for a file system."""
     swap: int = Field(default=0, ge=0, le=1 << 30, description="MiB")
+    """A disk to swap on; 0 for none."""
 
 
 class ImageRef(_Schema):
     id: ImageId
+    """Image of the root disk: letters, digits, `.`, `_` and `-`, at most 128 of them."""
     kernel_id: ImageId | None = None
+    """Image of the kernel; the property `kernel_id` of the root image if absent."""
     ramdisk_id: ImageId | None = None
+    """Image of the ramdisk; the property `ramdisk_id` of the root image if absent."""
     os_command_line: Annotated[str, StringConstraints(max_length=2048)] | None = None
+    """The kernel's command line; the property `os_command_line` of the root image if absent."""
 
 
 class Libvirt(_Schema):
     define: bool = True
+    """Define the domain. If false, the result holds its XML instead."""
     start: bool = True
+    """Start the domain."""
     domain_xml: Annotated[str, StringConstraints(max_length=1 << 20)] | None = None
+    """A domain of your own, whose disks, and name and uuid where it has none, are filled in."""
 
     @model_validator(mode="after")
     def _start_needs_define(self) -> Self:
@@ -148,8 +169,11 @@ class Libvirt(_Schema):
 
 class Network(_Schema):
     network: NetworkName | None = None
+    """A network of libvirt; either this or `bridge`."""
     bridge: BridgeName | None = None
+    """A bridge of the host; either this or `network`."""
     mac: MacAddress | None = None
+    """Made from the instance's UUID if absent."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -162,17 +186,32 @@ class JobRequest(_Schema):
     """One request, as the caller wrote it plus the defaults of the schema."""
 
     version: Literal[1] = 1
+    """Of this format."""
     action: Action = Action.BOOT
+    """What to do."""
     idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255)] | None = None
+    """Sent twice with the same key, the same job is done once; another job under a key that is
+    taken is refused."""
     request_id: RequestId | None = None
+    """On every log line of the job; made up if absent."""
     deadline_s: float | None = Field(default=None, gt=0, le=7 * 86400, description="seconds")
+    """Give up cleanly that long after the job was accepted, restarts of the agent included."""
     on_failure: OnFailure = OnFailure.CLEANUP
+    """`cleanup` removes all that a failed job made, `keep` leaves it to be looked at."""
     instance: Instance | None = None
+    """Needed to boot, prepare and delete."""
     flavor: Flavor | None = None
+    """Needed to boot and prepare."""
     image: ImageRef | None = None
+    """Needed to boot, prepare and fetch."""
     images_type: ImagesType | None = None
+    """How the root disk is made: `qcow2` is an overlay on the base, `raw` a copy of it. The host's
+    `images_type` if absent."""
     libvirt: Libvirt = Field(default_factory=Libvirt)
+    """What becomes of the domain."""
     networks: tuple[Network, ...] | None = Field(default=None, max_length=16)
+    """A network card each; `[]` for none. If absent, one on libvirt's network `default` where that
+    is active, else none."""
 
     @model_validator(mode="after")
     def _needs(self) -> Self:

@@ -144,12 +144,13 @@ class JournalHandler(logging.Handler):
                 "LOGGER": record.name,
                 "THREAD_NAME": record.threadName,
                 "CODE_FILE": record.pathname,
-                "CODE_LINE": record.lineno,
                 "CODE_FUNC": record.funcName,
                 **_context.get(),
                 **_fields_of(record),
             }
-            self._send(redact(message), **{name: str(value) for name, value in entry.items()})
+            texts = {name: str(value) for name, value in entry.items()}
+            # systemd-python formats this one as a number.
+            self._send(redact(message), CODE_LINE=record.lineno, **texts)
         except Exception:  # noqa: BLE001 - logging must not end what it tells of
             self.handleError(record)
 

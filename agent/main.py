@@ -2,29 +2,39 @@
 
 import enum
 import logging
+import math
 import queue
 import signal
 import time
 from collections.abc import Callable
 from types import FrameType
 
-from agent import privileges, systemd
+from agent import metrics, privileges, systemd
 from agent.api import create_app, create_metrics_app
 from agent.build import Defaults, Host
 from agent.cancellation import Cancellation
 from agent.directory import DirectorySource
+from agent.errors import AgentStopping
 from agent.glance import GlanceSource
 from agent.hypervisor import Hypervisor
+from agent.image import Image
 from agent.image_cache import ImageCache
 from agent.instances import Instances
 from agent.journal import Journal
 from agent.last_use import LastUse
 from agent.listener import Listener, MetricsListener
 from agent.provision import Provisioner
+from agent.prune import Policy
+from agent.pruner import Pruner
 from agent.qemu_img import QemuImg
+from agent.scrub import Scrub
 from agent.service import Agent
-from agent.settings import ImageSourceName, Settings
+from agent.settings import ImageCacheSettings, ImageSourceName, Settings
+from agent.space import Space
+from agent.store import Store
 from agent.transfer import ImageSource, RetryPolicy
+from agent.usage import Usage
+from agent.verification import Verifier
 from agent.worker import Worker
 
 LOG = logging.getLogger(__name__)
@@ -32,6 +42,8 @@ LOG = logging.getLogger(__name__)
 
 # A partial that nobody went on with for a day will not be asked for any more.
 PARTIAL_AGE_S = 86400.0
+# A damaged base is kept for people to look at, for a week.
+QUARANTINE_AGE_S = 7 * 86400.0
 # Long enough to look a failure up after a holiday, and not for ever.
 JOB_AGE_S = 30 * 86400.0
 MAINTENANCE_S = 3600.0
@@ -90,6 +102,7 @@ def _attend(parts: "_Parts", wishes: "queue.SimpleQueue[Wish]", reload: Callable
     """Keep house and the watchdog quiet until somebody wishes the end."""
     interval = min(systemd.watchdog_interval() or STATUS_S, STATUS_S)
     maintenance_at = time.monotonic() + MAINTENANCE_S
+    prune_at = time.monotonic() + (parts.prune_interval_s or math.inf)
     while True:
         try:
             match wishes.get(timeout=interval):
@@ -109,6 +122,9 @@ def _attend(parts: "_Parts", wishes: "queue.SimpleQueue[Wish]", reload: Callable
         if time.monotonic() >= maintenance_at:
             parts.keep_house()
             maintenance_at = time.monotonic() + MAINTENANCE_S
+        if time.monotonic() >= prune_at:
+            parts.prune()
+            prune_at = time.monotonic() + (parts.prune_interval_s or math.inf)
 
 
 class _Parts:
@@ -125,16 +141,35 @@ class _Parts:
             address_space=settings.qemu_img.address_space,
             timeout_s=settings.qemu_img.timeout_s,
         )
+        cache = settings.image_cache
+        self.prune_interval_s = cache.prune_interval_s
+        self.store = Store(cache.directory)
+        self.usage = Usage(self.store, self.instances, host_id=cache.host_id)
+        self.pruner = Pruner(self.store, self.usage, _prune_policy(cache))
+        verifier = Verifier(self.store, self.usage)
         self.image_cache = ImageCache(
-            settings.image_cache.directory,
-            locks=settings.instances_path / "locks",
+            self.store,
+            self.usage,
+            Space(
+                self.store,
+                reserved_free_space=cache.reserved_free_space,
+                max_size=cache.max_size,
+                make_room=self.pruner.make_room,
+            ),
+            verifier,
             source=source,
             converter=qemu_img,
             policy=_policy(settings),
-            require_hash=settings.image_cache.require_hash,
-            max_concurrent_fetches=settings.image_cache.max_concurrent_fetches,
-            in_use=lambda name: [record.name for record in self.instances.standing_on(name)],
+            require_hash=cache.require_hash,
+            max_concurrent_fetches=cache.max_concurrent_fetches,
         )
+        self.scrub = (
+            None
+            if cache.scrub_interval_s is None
+            else Scrub(self.store, verifier, interval_s=cache.scrub_interval_s, repair=self._repair)
+        )
+        metrics.CACHE_BYTES.set_function(self.store.allocated)
+        self.touch = LastUse().refresh
         hypervisor = Hypervisor(
             settings.libvirt.connection_uri, virt_type=settings.libvirt.virt_type
         )
@@ -142,7 +177,7 @@ class _Parts:
             image_cache=self.image_cache,
             instances=self.instances,
             hypervisor=hypervisor,
-            touch=LastUse().refresh,
+            touch=self.touch,
             defaults=Defaults(
                 virt_type=settings.libvirt.virt_type,
                 images_type=settings.libvirt.images_type,
@@ -160,6 +195,10 @@ class _Parts:
             journal=self.journal,
             worker=self.worker,
             image_cache=self.image_cache,
+            store=self.store,
+            usage=self.usage,
+            pruner=self.pruner,
+            verifier=verifier,
             source=source,
             instances=self.instances,
             hypervisor=hypervisor,
@@ -169,8 +208,8 @@ class _Parts:
             Listener(create_app(self.agent), settings.api.socket, group=settings.api.socket_group)
         ]
         if settings.api.metrics_listen is not None:
-            metrics = create_metrics_app(self.agent)
-            self._listeners.append(MetricsListener(metrics, settings.api.metrics_listen))
+            probes = create_metrics_app(self.agent)
+            self._listeners.append(MetricsListener(probes, settings.api.metrics_listen))
 
     def _settle(self, instance_uuid: str, job_id: str, cancellation: Cancellation) -> None:
         self.worker.settle(instance_uuid, job_id, cancellation)
@@ -186,12 +225,41 @@ class _Parts:
             LOG.info("going on with %d unfinished jobs", len(unfinished))
         for job in unfinished:
             self.worker.enqueue(job.report.id)
+        if self.scrub is not None:
+            self.scrub.start()
         for listener in self._listeners:
             listener.start()
 
     def keep_house(self) -> None:
-        self.image_cache.sweep(older_than_s=PARTIAL_AGE_S)
+        self.usage.settle()
+        self.store.sweep(
+            partials_s=PARTIAL_AGE_S, quarantine_s=QUARANTINE_AGE_S, keep=self.usage.may_need
+        )
         self.journal.forget(older_than_s=JOB_AGE_S)
+
+    def prune(self) -> None:
+        """Remove bases that nobody needs.
+
+        What instances stand on counts as used until they are gone: a base is
+        not old on the day its last instance goes.
+        """
+        for name in self.usage.standing():
+            self.touch(name)
+        self.pruner.gc(dry_run=False)
+
+    def _repair(self, image: Image, cancellation: Cancellation) -> None:
+        """Fetch an image anew whose base was found damaged under instances."""
+        pin = f"repair of {image.id}"
+        try:
+            self.image_cache.acquire(
+                image,
+                pin=pin,
+                max_virtual_size=None,
+                cancellation=cancellation,
+                on_progress=lambda _: None,
+            )
+        finally:
+            self.image_cache.unpin(pin)
 
     def summary(self) -> str:
         """Return one line for `systemctl status`."""
@@ -203,6 +271,9 @@ class _Parts:
     def stop(self, timeout_s: float) -> None:
         """Refuse new jobs, interrupt the running ones where they can go on, and close."""
         self.agent.draining = True
+        self.agent.stopping.cancel(AgentStopping("the agent is stopping"))
+        if self.scrub is not None:
+            self.scrub.stop(timeout_s)
         drained = self.worker.drain(timeout_s)
         self.image_cache.close(timeout_s)
         for listener in self._listeners:
@@ -240,3 +311,13 @@ def _image_source(settings: Settings) -> ImageSource:
 def _policy(settings: Settings) -> RetryPolicy:
     glance = settings.images.glance
     return RetryPolicy() if glance is None else RetryPolicy(num_retries=glance.num_retries)
+
+
+def _prune_policy(cache: ImageCacheSettings) -> Policy:
+    return Policy(
+        remove_unused=cache.remove_unused,
+        minimum_age_s=cache.minimum_age_s,
+        max_size=cache.max_size,
+        high_watermark=cache.high_watermark,
+        low_watermark=cache.low_watermark,
+    )

@@ -5,13 +5,27 @@
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from agent.files import write_durably
 from agent.image import Image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Which file it was that was verified.
+
+    Times are no part of it: the last use is kept in one, and libvirt moves the
+    other whenever it gives the file to another user. So a byte flipped in
+    place is found by the scrub only; but whatever replaces the file (a restore
+    from a backup, a copy to another disk) has another inode.
+    """
+
+    inode: int
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +43,13 @@ class Manifest:
     source_size: int
     digest: str
     """`algorithm:hex` of the bytes the source sent."""
+    content_digest: str | None
+    """`algorithm:hex` of the base's own bytes; None until somebody has hashed them."""
+    identity: Identity
+    """Of the base, when its bytes were last known to be right."""
+    verified_at: float
     created_at: float
-    fetched_by: str = field(default="bootwright")
+    fetched_by: str = "bootwright"
 
 
 _MANIFEST = TypeAdapter(Manifest)
@@ -46,6 +65,12 @@ def base_name(image_id: str) -> str:
 
 def manifest_path(base: Path) -> Path:
     return base.with_name(base.name + ".json")
+
+
+def identity(base: Path) -> Identity:
+    """Raises: OSError."""
+    status = base.lstat()
+    return Identity(inode=status.st_ino, size=status.st_size)
 
 
 def read(path: Path) -> Manifest | None:

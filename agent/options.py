@@ -146,6 +146,75 @@ _IMAGE_CACHE: Final[list[cfg.Opt]] = [
         max=64,
         help="How many images are fetched at the same time; more of them wait.",
     ),
+    cfg.IntOpt(
+        "reserved_free_space",
+        default=256,
+        min=0,
+        max=1 << 30,
+        help="MiB of the filesystem that fetches leave free. An image that would not fit beside "
+        "them is refused, once the bases that nobody needs have made room.",
+    ),
+    cfg.IntOpt(
+        "max_size",
+        default=0,
+        min=0,
+        max=1 << 30,
+        help="GiB the image cache may take from the filesystem; 0 for no limit. Beyond it the "
+        "bases that nobody needs are removed, the longest unused first, and an image that would "
+        "not fit is refused.",
+    ),
+    cfg.BoolOpt(
+        "remove_unused_base_images",
+        default=True,
+        help="Remove bases that nobody needs: by age, by max_size, by the watermarks, and to make "
+        "room for another image. If false, only 'bootwright image remove' removes any.",
+    ),
+    cfg.IntOpt(
+        "remove_unused_original_minimum_age_seconds",
+        default=86400,
+        min=0,
+        max=10 * 365 * 86400,
+        help="Seconds a base has to be unused before its age removes it.",
+    ),
+    cfg.IntOpt(
+        "high_watermark",
+        default=95,
+        min=1,
+        max=100,
+        help="Percent of the filesystem. When more is in use, by whatever, bases that nobody "
+        "needs are removed down to low_watermark; 100 for never.",
+    ),
+    cfg.IntOpt(
+        "low_watermark",
+        default=90,
+        min=0,
+        max=100,
+        help="Percent of the filesystem at which a removal for high_watermark stops; more than "
+        "high_watermark counts as that.",
+    ),
+    cfg.IntOpt(
+        "manager_interval",
+        default=2400,
+        min=0,
+        max=30 * 86400,
+        help="Seconds between two passes that remove bases; 0 for none but those of 'bootwright "
+        "cache gc'.",
+    ),
+    cfg.IntOpt(
+        "scrub_interval",
+        default=7 * 86400,
+        min=0,
+        max=365 * 86400,
+        help="Seconds within which every base is read and its hash checked, in the background; "
+        "0 for never.",
+    ),
+    cfg.StrOpt(
+        "host_id",
+        regex=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        help="Name of this host among hosts that share the image cache: letters, digits, '.', "
+        "'_', '-', and always the same. If not set the content of /etc/machine-id, which a cloned "
+        "host must not share; without that file, the host name.",
+    ),
 ]
 
 _IMAGES: Final[list[cfg.Opt]] = [

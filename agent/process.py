@@ -2,7 +2,8 @@
 
 Each runs with an argument list (never a shell), a time limit, nothing on its
 standard input, an environment of a few known names, its own session that is
-killed as a whole, and its last words in the error.
+killed as a whole, and its last words in the error. What reads the work of
+strangers runs confined.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.cancellation import Cancellation
+from agent.confinement import Confinement, confined
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _INHERITED = ("HOME", "TMPDIR")
@@ -65,6 +67,8 @@ class Cause(enum.StrEnum):
     FILE_SIZE = "file size limit"
     OUTPUT = "output limit"
     MISSING = "missing"
+    START = "start"
+    """The kernel would not start it, or not confine it; it has not run."""
 
 
 class ProgramFailed(Exception):
@@ -95,6 +99,8 @@ class ProgramFailed(Exception):
                 how = f"{name} ended with {_status_text(self.status)}"
             case Cause.TIMEOUT:
                 how = f"{name} was stopped because it took too long"
+            case Cause.START:
+                how = f"{name} could not be started"
             case _:
                 how = f"{name} was stopped at its {self.cause}"
         return f"{how}: {self.stderr}" if self.stderr else how
@@ -109,6 +115,7 @@ def run(
     accept: Collection[int] = (0,),
     cwd: Path | None = None,
     pass_fds: Collection[int] = (),
+    confinement: Confinement | None = None,
 ) -> Completed:
     """Run a program to its end and return what it said.
 
@@ -117,6 +124,7 @@ def run(
             name that came from outside must be absolute or follow a `--`.
         timeout_s: wall-clock seconds, cut short by the cancellation's deadline.
         accept: the exit statuses that are no failure.
+        confinement: what it may reach; None for all that we may.
 
     Raises:
         ProgramFailed: see `Cause`. Whatever it started in its session is dead.
@@ -127,18 +135,26 @@ def run(
     words = tuple(os.fspath(word) for word in argv)
     # Popen has no rlimits and preexec_fn is not safe in a process with threads.
     # prlimit(1) costs one more exec: 1.3 ms beside the 6.5 ms of `qemu-img info`.
-    command = [*_limiting(limits), _located(words, words[0]), *words[1:]]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=cwd,
-        env=_environment(limits),
-        pass_fds=tuple(pass_fds),
-        start_new_session=True,
-        umask=0o027,
-    )
+    program = _located(words, words[0])
+    command = [*_limiting(limits), program, *words[1:]]
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=cwd,
+            env=_environment(limits),
+            pass_fds=tuple(pass_fds),
+            start_new_session=True,
+            umask=0o027,
+        )
+
+    try:
+        process = start() if confinement is None else confined(start, confinement, Path(program))
+    except OSError as e:
+        raise ProgramFailed(words, Cause.START, stderr=str(e)) from e
     with process:
         return _Run(process, words, timeout_s, cancellation).finish(accept)
 

@@ -42,6 +42,7 @@ class Provisioner:
         cache = self.host.image_cache
         pin = recorder.report.id
         recorder.phase(TaskState.IMAGE_RESOLVING)
+        cancellation.check()
         try:
             root = cache.resolve(request.image.id, cancellation)
             companions = (root.kernel_id, root.ramdisk_id)
@@ -70,6 +71,7 @@ class Provisioner:
             raise AssertionError("the uuid is filled in when a delete is accepted")
         uuid = request.instance.uuid
         recorder.phase(TaskState.DELETING)
+        cancellation.check()
         self.settle(uuid, recorder.report.id, cancellation)
         try:
             record = self.host.instances.find(uuid)

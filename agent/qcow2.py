@@ -182,6 +182,8 @@ def _check_extensions(data: bytes, position: int) -> None:
 def _check_tables(
     tables: Iterable[tuple[str, int, int, int]], cluster: int, file_size: int
 ) -> None:
+    """Check each (name, byte of its field, offset, length), and that none lies in another."""
+    taken: list[tuple[int, int, str]] = []
     for name, at, offset, length in tables:
         if length and (offset == 0 or offset % cluster):
             raise ValueError(
@@ -193,6 +195,12 @@ def _check_tables(
                 f"the qcow2 {name} table (byte {at}) ends at {offset + length}, beyond the "
                 f"file's {file_size} bytes"
             )
+        for begin, end, other in taken:
+            if length and offset < end and begin < offset + length:
+                raise ValueError(
+                    f"the qcow2 {name} table (byte {at}) at {offset:#x} overlaps the {other} table"
+                )
+        taken.append((offset, offset + length, name))
 
 
 def create_overlay(

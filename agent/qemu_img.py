@@ -1,8 +1,9 @@
 """qemu-img: what converts, describes and checks disk images for the agent.
 
-The format of every file is given, never guessed, and every run has limits:
-what it opens may be hostile, even if inspection has found nothing. Whether a
-file may be opened at all is the business of `inspection`.
+The format of every file is given, never guessed, every run has limits, and it
+reaches nothing but the files it is about: what it opens may be hostile, even
+if inspection has found nothing. Whether a file may be opened at all is the
+business of `inspection`.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import Any
 
 from agent import files, process
 from agent.cancellation import Cancellation
+from agent.confinement import Confinement
 from agent.errors import BackendError, BootwrightError, ImageUnacceptable
 from agent.process import Cause, ProgramFailed
 
@@ -69,7 +71,7 @@ class QemuImg:
             ImageUnacceptable: QEMU cannot read the source, or it needs more
                 than a limit allows.
             InsufficientFreeSpace
-            BackendError: qemu-img is missing or took too long.
+            BackendError: qemu-img is missing, cannot be started, or took too long.
             BootwrightError: the reason of the cancellation.
         """
         file_size = self._limits.file_size
@@ -86,6 +88,9 @@ class QemuImg:
         # again soon in full, and the memory belongs to the guests.
         cache = "none" if self._supports_direct(target.parent) else "writeback"
         try:
+            # Made here, because the program may write to this file and make no other.
+            with files.reporting_no_space(target, needed, what):
+                _make_empty(target)
             process.run(
                 [
                     self._program, "convert", "-t", cache, "-f", source_format,
@@ -94,6 +99,7 @@ class QemuImg:
                 timeout_s=self._timeout_s,
                 cancellation=cancellation,
                 limits=limits,
+                confinement=Confinement(readable=(source,), writable=(target,)),
             )  # fmt: skip
             with files.reporting_no_space(target, needed, what):
                 _fsync(target)
@@ -108,7 +114,7 @@ class QemuImg:
 
         Raises:
             ImageUnacceptable: QEMU cannot read it, or it needs too much.
-            BackendError: qemu-img is missing or took too long.
+            BackendError: qemu-img is missing, cannot be started, or took too long.
         """
         return self._look(path, format_, ["info", "--force-share"], accept=(0,))
 
@@ -129,6 +135,7 @@ class QemuImg:
                 timeout_s=_LOOK_S,
                 limits=self._limits,
                 accept=accept,
+                confinement=Confinement(readable=(path,)),
             )
         except ProgramFailed as e:
             what = f"running qemu-img {command[0]} on {path.name} as {format_}"
@@ -141,6 +148,8 @@ class QemuImg:
     ) -> BootwrightError:
         if error.cause is Cause.MISSING:
             return BackendError(f"{what}: {error}", "install it and try again")
+        if error.cause is Cause.START:
+            return BackendError(f"{what}: {error}", "the host may be out of memory or processes")
         if error.cause is Cause.TIMEOUT:
             return BackendError(
                 f"{what}: it was not done within its time limit",
@@ -200,6 +209,11 @@ def _probe_direct(directory: Path) -> bool:
         finally:
             probe.unlink(missing_ok=True)
     return True
+
+
+def _make_empty(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640))
 
 
 def _fsync(path: Path) -> None:

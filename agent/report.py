@@ -64,6 +64,7 @@ class ImageReport(_Report):
 
 class ChainLink(_Report):
     path: str
+    """Absolute, on this host."""
     format: str
 
 
@@ -72,8 +73,11 @@ class DiskReport(_Report):
     device_name: str | None
     """As the guest is likely to see it; None for kernel and ramdisk."""
     path: str
+    """Absolute, on this host."""
     format: str
+    """`raw` or `qcow2`."""
     virtual_size: int
+    """Bytes, as the guest sees it."""
     backing_chain: tuple[ChainLink, ...] = ()
     """From the disk's own backing file down to the last."""
 
@@ -87,6 +91,7 @@ class DomainReport(_Report):
 class PhaseReport(_Report):
     phase: TaskState
     seconds: float
+    """How long it took, over all attempts."""
     bytes: int = 0
     """Received from the image source."""
     resumed: int = 0
@@ -95,10 +100,15 @@ class PhaseReport(_Report):
 
 class ErrorReport(_Report):
     code: str
+    """See below; never changes."""
     message: str
+    """What was attempted, on what, and what was in the way."""
     hint: str = ""
+    """What to do about it."""
     retriable: bool = False
+    """Whether the same job may well succeed later."""
     phase: TaskState | None = None
+    """In which it happened."""
 
 
 class Progress(_Report):
@@ -111,6 +121,7 @@ class Progress(_Report):
     rate: float = 0.0
     """Bytes a second over the last few seconds."""
     last_byte_at: float | None = None
+    """Seconds since the epoch."""
 
 
 class JobReport(_Report):
@@ -120,16 +131,23 @@ class JobReport(_Report):
     action: Action
     status: Status
     task_state: TaskState | None = None
+    """What it is doing; none when it has ended."""
     request_id: str
+    """On every log line of the job."""
     idempotency_key: str | None = None
     created_at: float
+    """Seconds since the epoch."""
     updated_at: float
+    """Seconds since the epoch."""
     instance: InstanceReport | None = None
     image: ImageReport | None = None
     disks: tuple[DiskReport, ...] = ()
+    """In the order in which they are attached; kernel and ramdisk first."""
     domain: DomainReport | None = None
     domain_xml: str | None = None
     """Only for action prepare, or when the domain was not to be defined."""
     timeline: tuple[PhaseReport, ...] = ()
+    """The phases, in the order in which they began."""
     progress: Progress | None = None
+    """Of the phase it is in."""
     error: ErrorReport | None = None

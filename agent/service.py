@@ -8,25 +8,33 @@ from importlib.metadata import version
 from pathlib import Path
 
 from agent.build import disk_report
+from agent.cancellation import Cancellation
 from agent.directory import DirectorySource
 from agent.errors import AgentStopping, BootwrightError, HypervisorError, InvalidJob, NotFound
 from agent.files import free_bytes
 from agent.hypervisor import Hypervisor
 from agent.image import Image
-from agent.image_cache import Entry, ImageCache
+from agent.image_cache import ImageCache
 from agent.instances import InstanceRecord, Instances
 from agent.job import Action, Instance, JobRequest, parse
 from agent.journal import Journal, digest_of
+from agent.pruner import Pruner
 from agent.report import InstanceReport, JobReport, Status
+from agent.store import Entry, Store
 from agent.transfer import ImageSource
+from agent.usage import Usage
+from agent.verification import Verifier
 from agent.views import (
     AgentStatus,
     CacheStatus,
     Check,
+    Decision,
     Event,
+    GcReport,
     ImageEntry,
     ImageState,
     InstanceView,
+    Verification,
 )
 from agent.worker import Worker
 
@@ -43,6 +51,10 @@ class Agent:
         journal: Journal,
         worker: Worker,
         image_cache: ImageCache,
+        store: Store,
+        usage: Usage,
+        pruner: Pruner,
+        verifier: Verifier,
         source: ImageSource,
         instances: Instances,
         hypervisor: Hypervisor,
@@ -51,11 +63,17 @@ class Agent:
         self._journal = journal
         self._worker = worker
         self._image_cache = image_cache
+        self._store = store
+        self._usage = usage
+        self._pruner = pruner
+        self._verifier = verifier
         self._source = source
         self._instances = instances
         self._hypervisor = hypervisor
         self._helper_alive = helper_alive
         self._started_at = time.time()
+        # Ends what callers have set off that no job stands for.
+        self.stopping = Cancellation()
         self.draining = False
 
     # Jobs
@@ -148,7 +166,7 @@ class Agent:
     # Images
 
     def images(self) -> Sequence[ImageEntry]:
-        entries = [self._image_entry(entry) for entry in self._image_cache.entries()]
+        entries = [self._image_entry(entry) for entry in self._store.entries()]
         here = {entry.id for entry in entries}
         for image in self._image_cache.being_fetched():
             if image.id not in here:
@@ -164,7 +182,7 @@ class Agent:
 
     def image(self, image_id: str) -> ImageEntry:
         try:
-            return self._image_entry(self._image_cache.entry(image_id))
+            return self._image_entry(self._store.get(image_id))
         except NotFound:
             for image in self._image_cache.being_fetched():
                 if image.id == image_id:
@@ -172,7 +190,25 @@ class Agent:
             return _uncached(self._source.get(image_id), ImageState.AVAILABLE)
 
     def remove_image(self, image_id: str) -> None:
-        self._image_cache.remove(image_id)
+        self._pruner.remove(image_id)
+
+    def why_image(self, image_id: str) -> Decision:
+        return self._pruner.why(image_id)
+
+    def pin_image(self, image_id: str, seconds: float | None) -> ImageEntry:
+        entry = self._store.get(image_id)
+        self._usage.pins.put(entry.name, seconds=seconds)
+        return self.image(image_id)
+
+    def unpin_image(self, image_id: str) -> ImageEntry:
+        self._usage.pins.remove(self._store.get(image_id).name)
+        return self.image(image_id)
+
+    def verify_image(self, image_id: str) -> Verification:
+        return self._verifier.verify(image_id, self.stopping)
+
+    def gc(self, *, dry_run: bool) -> GcReport:
+        return self._pruner.gc(dry_run=dry_run)
 
     def fetch_image(self, image_id: str, *, request_id: str) -> JobReport:
         return self.submit({"action": "fetch", "image": {"id": image_id}}, request_id=request_id)
@@ -203,6 +239,7 @@ class Agent:
 
     def _image_entry(self, entry: Entry) -> ImageEntry:
         image = entry.manifest.image
+        pin = self._usage.pins.get(entry.name)
         return ImageEntry(
             id=image.id,
             state=ImageState.CACHED,
@@ -215,17 +252,17 @@ class Agent:
             digest=entry.manifest.digest,
             committed_at=entry.manifest.created_at,
             last_used_at=entry.last_used_at,
-            instances=tuple(r.uuid for r in self._instances.standing_on(entry.path.name)),
+            instances=tuple(r.uuid for r in self._instances.standing_on(entry.name)),
+            pinned=pin is not None,
+            pinned_until=None if pin is None else pin.until,
         )
 
     def cache(self) -> CacheStatus:
-        entries = self._image_cache.entries()
         return CacheStatus(
-            directory=str(self._image_cache.directory),
-            entries=len(entries),
-            disk_usage=sum(entry.allocated for entry in entries)
-            + sum(partial.allocated for partial in self._image_cache.partials()),
-            free_space=free_bytes(self._image_cache.directory),
+            directory=str(self._store.directory),
+            entries=len(self._store.entries()),
+            disk_usage=self._store.allocated(),
+            free_space=free_bytes(self._store.directory),
             fetching=tuple(self._image_cache.fetches()),
         )
 
@@ -305,7 +342,7 @@ class Agent:
             return Check(name="libvirt", ok=False, message=e.message, hint=e.hint)
 
     def _check_cache(self) -> Check:
-        directory: Path = self._image_cache.directory
+        directory: Path = self._store.directory
         if os.access(directory, os.W_OK | os.X_OK):
             return Check(name="image cache", ok=True, message=str(directory))
         return Check(

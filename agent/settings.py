@@ -62,6 +62,20 @@ class ImageCacheSettings:
     directory: Path
     require_hash: bool
     max_concurrent_fetches: int
+    reserved_free_space: int
+    """Left to others."""
+    max_size: int | None
+    """None is no limit."""
+    remove_unused: bool
+    minimum_age_s: float
+    high_watermark: int
+    """Percent of the file system."""
+    low_watermark: int
+    prune_interval_s: float | None
+    """None: only when somebody asks."""
+    scrub_interval_s: float | None
+    """None: never."""
+    host_id: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,6 +53,10 @@ class ImageEntry(_View):
     last_used_at: float | None = None
     instances: tuple[str, ...] = ()
     """UUIDs of the instances that stand on it."""
+    pinned: bool = False
+    """By an operator."""
+    pinned_until: float | None = None
+    """None if for ever, or not at all."""
 
 
 class Fetch(_View):
@@ -75,6 +79,65 @@ class CacheStatus(_View):
     free_space: int
     """What the filesystem has left for the agent."""
     fetching: tuple[Fetch, ...] = ()
+
+
+class Reason(enum.StrEnum):
+    """Why a base is kept or removed."""
+
+    IN_USE = "in use"
+    UNKNOWN = "unknown"
+    """Who needs it cannot be known."""
+    DISABLED = "removal disabled"
+    RECENT = "recent"
+    """Nobody needs it, and neither its age nor the lack of space removes it."""
+    AGE = "age"
+    MAX_SIZE = "max_size"
+    WATERMARK = "watermark"
+    SPACE = "space"
+    """For an image that is about to be fetched."""
+    REQUEST = "request"
+    """Somebody asked for its removal."""
+
+
+class Decision(_View):
+    """What becomes of one base, and why."""
+
+    image_id: str
+    base_name: str
+    remove: bool
+    reason: Reason
+    detail: str
+    """A sentence."""
+    bytes: int = 0
+    """What its removal gives back; 0 if it stays, or if another image shares the file."""
+
+
+class GcReport(_View):
+    dry_run: bool
+    decisions: tuple[Decision, ...]
+    bytes: int
+    """What all removals give back."""
+
+
+class Soundness(enum.StrEnum):
+    INTACT = "intact"
+    RECORDED = "recorded"
+    """Nobody had hashed its bytes before; from now on they are held against this hash."""
+    DAMAGED = "damaged"
+    """It is out of the cache, and is fetched anew when it is needed."""
+
+
+class Verification(_View):
+    """What came of reading a base from end to end."""
+
+    image_id: str
+    path: str
+    soundness: Soundness
+    digest: str
+    """`algorithm:hex` of the bytes of the base, as they are."""
+    expected: str | None = None
+    instances: tuple[str, ...] = ()
+    """Names of those that stand on it; told when it is damaged."""
 
 
 class InstanceView(_View):

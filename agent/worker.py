@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from agent import logs
@@ -23,6 +23,7 @@ from agent.report import JobReport, Status
 LOG = logging.getLogger(__name__)
 
 Execute = Callable[[JobRequest, Recorder, Cancellation], None]
+"""Does a job, or undoes what an earlier run made of it if it is cancelled from the start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +41,8 @@ class Worker:
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
+        # Jobs that a stop or a crash interrupted, cancelled before their turn.
+        self._cancelled: dict[str, Cancelled] = {}
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._work, name=f"worker-{number}")
@@ -70,14 +73,20 @@ class Worker:
         Raises:
             NotFound: there is no such job.
         """
-        reason = Cancelled(message)
+        # QUEUED alone: a job in BUILD that does not run did so before a restart,
+        # and only another run of it can undo what it made.
+        self._cancel(job_id, Cancelled(message), at_once=(Status.QUEUED,))
+
+    def _cancel(self, job_id: str, reason: Cancelled, *, at_once: Collection[Status]) -> None:
         # Under the lock a job cannot begin to run between the two looks.
         with self._lock:
             running = self._running.get(job_id)
             if running is None:
                 job = self._journal.get(job_id)
-                if not job.report.status.final:
-                    Recorder(self._journal, job).finish(Status.CANCELLED, message, reason)
+                if job.report.status in at_once:
+                    Recorder(self._journal, job).finish(Status.CANCELLED, reason.message, reason)
+                elif not job.report.status.final:
+                    self._cancelled[job_id] = reason
         if running is not None:
             running.cancellation.cancel(reason)
 
@@ -97,8 +106,10 @@ class Worker:
             and job.request.instance.uuid == instance_uuid
             and job.request.action is not Action.DELETE
         ]
+        reason = Cancelled(f"the instance is being deleted by job {job_id}")
         for other in others:
-            self.cancel(other, f"the instance is being deleted by job {job_id}")
+            # What an earlier run of it made goes with the instance.
+            self._cancel(other, reason, at_once=(Status.QUEUED, Status.BUILD))
         for other in others:
             while self._is_running(other):
                 cancellation.wait(0.1)
@@ -149,6 +160,9 @@ class Worker:
                 recorder=Recorder(self._journal, job), cancellation=Cancellation(deadline)
             )
             self._running[job_id] = running
+            cancelled = self._cancelled.pop(job_id, None)
+        if cancelled is not None:
+            running.cancellation.cancel(cancelled)
         return job, running
 
     def _run(self, job: Job, running: _Running) -> None:
@@ -162,7 +176,6 @@ class Worker:
         ):
             began = time.monotonic()
             try:
-                running.cancellation.check()
                 self._execute(request, recorder, running.cancellation)
             except AgentStopping:
                 LOG.info("%s interrupted; it goes on after the restart", request.action)

@@ -14,20 +14,28 @@ from keystoneauth1.session import Session
 from agent.cancellation import Cancellation
 from agent.glance import GlanceSource
 from agent.image_cache import ImageCache
+from agent.instances import Instances
 from agent.qemu_img import QemuImg
+from agent.space import Space
+from agent.store import Store
 from agent.transfer import RetryPolicy
+from agent.usage import Usage
+from agent.verification import Verifier
 
 
 def main(url: str, image_id: str, directory: Path) -> None:
+    store = Store(directory / "_base")
+    usage = Usage(store, Instances(directory), host_id="benchmark")
     cache = ImageCache(
-        directory / "_base",
-        locks=directory / "locks",
+        store,
+        usage,
+        Space(store, reserved_free_space=0, max_size=None, make_room=lambda _: None),
+        Verifier(store, usage),
         source=GlanceSource(Session(auth=NoAuth(), timeout=30), endpoints=[url]),
         converter=QemuImg(),
         policy=RetryPolicy(),
         require_hash=True,
         max_concurrent_fetches=1,
-        in_use=lambda _: [],
     )
     print("ready", flush=True)
     sys.stdin.readline()

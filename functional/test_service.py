@@ -93,7 +93,7 @@ class Service:
         status, job = self.request("POST", f"/v1/images/{image_id}/fetch")
         assert status == 202, job
         status, job = self.request("GET", f"/v1/jobs/{job['id']}/wait?timeout={WAIT_S:.0f}")
-        assert (status, job["status"]) == (200, "DONE"), job
+        assert (status, job["status"]) == (200, "DONE"), job.get("error", job)
         return dict(job)
 
     def process(self, pid: int) -> Path:
@@ -218,6 +218,10 @@ def test_stop_is_clean(service: Service) -> None:
     assert service.machine.path(STOPPED).read_text() == "success exited 0\n"
     assert not helper.exists()
     assert not service.machine.path(SOCKET).exists()
+    journal = service.journal()
+    assert "ready, serving on" in journal
+    assert "Logging error" not in journal
+    assert "Traceback" not in journal
 
 
 def test_unit_is_well_formed_and_hardened(installed: Service) -> None:

@@ -20,10 +20,15 @@ from agent.views import (
     AgentStatus,
     CacheStatus,
     Check,
+    Decision,
     Event,
+    GcReport,
     ImageEntry,
     ImageState,
     InstanceView,
+    Reason,
+    Soundness,
+    Verification,
 )
 
 INSTANCE_UUID = "7e0f2b7c-6a35-4a55-9f3e-6f0b8f0d1a11"
@@ -38,6 +43,7 @@ class FakeService:
         self.defect: Exception | None = None
         self.checks: tuple[Check, ...] = (Check(name="libvirt", ok=True, message="9.0.0"),)
         self.added: dict[str, bytes] = {}
+        self.damaged: set[str] = set()
         self.console_output = b"Linux version 6.1\n" * 3
         self.changed = threading.Condition()
         self.all_events: list[Event] = []
@@ -164,6 +170,47 @@ class FakeService:
         if self._instances:
             raise BackendError("an instance stands on the image", "delete the instance first")
         del self._images[image_id]
+
+    def why_image(self, image_id: str) -> Decision:
+        entry = self.image(image_id)
+        return Decision(
+            image_id=image_id,
+            base_name="0" * 40,
+            remove=not (self._instances or entry.pinned),
+            reason=Reason.IN_USE if self._instances or entry.pinned else Reason.AGE,
+            detail="needed by a pin" if entry.pinned else "who knows",
+            bytes=0 if self._instances or entry.pinned else 1 << 20,
+        )
+
+    def pin_image(self, image_id: str, seconds: float | None) -> ImageEntry:
+        until = None if seconds is None else time.time() + seconds
+        return self._pinned(image_id, pinned=True, until=until)
+
+    def unpin_image(self, image_id: str) -> ImageEntry:
+        return self._pinned(image_id, pinned=False, until=None)
+
+    def _pinned(self, image_id: str, *, pinned: bool, until: float | None) -> ImageEntry:
+        update = {"pinned": pinned, "pinned_until": until}
+        self._images[image_id] = self.image(image_id).model_copy(update=update)
+        return self._images[image_id]
+
+    def verify_image(self, image_id: str) -> Verification:
+        return Verification(
+            image_id=self.image(image_id).id,
+            path="/cache/0",
+            soundness=Soundness.DAMAGED if image_id in self.damaged else Soundness.INTACT,
+            digest="sha512:00",
+            expected="sha512:00",
+        )
+
+    def gc(self, *, dry_run: bool) -> GcReport:
+        decisions = tuple(self.why_image(image_id) for image_id in self._images)
+        if not dry_run:
+            for decision in decisions:
+                if decision.remove:
+                    del self._images[decision.image_id]
+        freed = sum(decision.bytes for decision in decisions)
+        return GcReport(dry_run=dry_run, decisions=decisions, bytes=freed)
 
     def fetch_image(self, image_id: str, *, request_id: str) -> JobReport:
         return self.submit({"action": "fetch", "image": {"id": image_id}}, request_id=request_id)

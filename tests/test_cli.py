@@ -148,7 +148,10 @@ def test_boot_with_too_little_or_too_much_exits_2(args: tuple[str, ...]) -> None
         ("", "holds no job"),
         ("!!python/object/apply:os.system [id]\n", "line 1"),
         ("\x00", "not YAML"),
-        ("a: &x [*x]\n b", "line 2"),
+        ("a: &x [*x]\n", "line 1, column 8: *x: write it out"),
+        ("a: &x [1]\n<<: *x\n", "line 2, column 5"),
+        ("a: !!binary aGk=\n", "line 1, column 4"),
+        ("[" * 10_000, "nested too deeply"),
     ],
 )
 def test_a_file_that_holds_no_job_exits_2_and_says_where(
@@ -160,6 +163,18 @@ def test_a_file_that_holds_no_job_exits_2_and_says_where(
         assert result.exit_code == 2
         assert words in result.stderr
         assert str(job_file) in result.stderr
+
+
+@pytest.mark.parametrize("name", ["2020-01-01", "on", "no", "0777", "1e10"])
+def test_text_without_quotes_stays_the_text_that_was_written(job_file: Path, name: str) -> None:
+    job_file.write_text(
+        JOB.replace("web-1", name) + "networks: [{bridge: b, mac: 52:54:00:12:34:56}]\n"
+    )
+    result = alone("job", "validate", str(job_file), "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    job = json.loads(result.stdout)
+    assert job["instance"]["name"] == name
+    assert job["networks"][0]["mac"] == "52:54:00:12:34:56"
 
 
 def test_boot_does_not_delete(job_file: Path) -> None:
@@ -206,6 +221,10 @@ def test_jobs_are_listed_shown_cancelled_and_their_events_told(
         ("instance", "console", "none"),
         ("image", "show", "none"),
         ("image", "remove", "none"),
+        ("image", "why", "none"),
+        ("image", "pin", "none"),
+        ("image", "unpin", "none"),
+        ("image", "verify", "none"),
     ],
 )
 def test_no_such_thing_exits_4(cli: Cli, args: tuple[str, ...]) -> None:
@@ -231,6 +250,42 @@ def test_images_are_fetched_shown_and_removed(cli: Cli) -> None:
     assert cli("image", "remove", "img-1").exit_code == 0
     assert cli("image", "show", "img-1").exit_code == 4
     assert "free" in cli("cache", "status").stdout
+
+
+def test_an_image_is_pinned_and_gc_tells_first_what_it_does(cli: Cli) -> None:
+    cli("image", "fetch", "img-1", "img-2")
+    assert cli("image", "pin", "img-1", "--for", "7d").exit_code == 0
+    assert "pinned" in cli("image", "show", "img-1").stdout
+    assert "keeps it" in cli("image", "why", "img-1").stdout
+    told = json.loads(cli("cache", "gc", "--dry-run", "--format", "json").stdout)
+    assert {d["image_id"]: d["remove"] for d in told["decisions"]} == {
+        "img-1": False,
+        "img-2": True,
+    }
+    assert cli("image", "show", "img-2").exit_code == 0
+    assert "removed" in cli("cache", "gc").stdout
+    assert cli("image", "show", "img-2").exit_code == 4
+    assert cli("image", "unpin", "img-1").exit_code == 0
+    assert "removes it" in cli("image", "why", "img-1").stdout
+
+
+@pytest.mark.parametrize("given", ["7", "d", "0s", "-1d", "7y", "1e9d", "99999999w"])
+def test_a_time_that_is_none_is_wrong_usage(cli: Cli, given: str) -> None:
+    result = cli("image", "pin", "img-1", f"--for={given}")
+    assert result.exit_code == 2
+    assert "7d" in result.stderr
+
+
+def test_verify_reads_all_images_and_fails_if_one_is_damaged(
+    cli: Cli, service: FakeService
+) -> None:
+    cli("image", "fetch", "img-1", "img-2")
+    assert cli("image", "verify").exit_code == 0
+    service.damaged.add("img-2")
+    assert cli("image", "verify", "img-1").exit_code == 0
+    result = cli("image", "verify", "--format", "json")
+    assert result.exit_code == 1
+    assert [v["soundness"] for v in json.loads(result.stdout)["images"]] == ["intact", "damaged"]
 
 
 def test_an_image_in_use_stays(cli: Cli) -> None:

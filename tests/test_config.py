@@ -148,6 +148,8 @@ def test_known_names_are_not_warned_of(write: Write) -> None:
         ("[glance]\nstall_timeout = 0\n", ["from 1 to 3600"]),
         ("[glance]\nendpoint_override = ftp://a\n", ["endpoint_override = ftp://a"]),
         ("[image_cache]\nsubdirectory_name = ../x\n", ["not a path"]),
+        ("[image_cache]\nhigh_watermark = 0\n", ["from 1 to 100"]),
+        ("[image_cache]\nhost_id = a/b\n", ["host_id"]),
         ("[api]\nmetrics_listen = 127.0.0.1:70000\n", ["1 to 65535"]),
         ("[api]\nmetrics_listen = 999.0.0.1:80\n", ["999.0.0.1"]),
         ("[api]\nsocket = /" + "x" * 120 + "\n", ["107"]),

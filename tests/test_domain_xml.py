@@ -221,6 +221,20 @@ def test_template_that_is_filled_twice_has_one_mark_of_ours() -> None:
     assert len(find(xml, "//bootwright:instance")) == 1
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "<domain><os><boot dev='hd'/></os></domain>",
+        "<domain><devices><interface type='user'><boot order='1'/></interface></devices></domain>",
+    ],
+)
+def test_template_with_an_order_of_boot_keeps_to_it(template: str) -> None:
+    xml = fill_template(template, domain_spec(OVERLAY))
+    assert not find(xml, "//disk/boot")
+    assert len(find(xml, "//boot")) == 1
+    assert find(fill_template("<domain/>", domain_spec(OVERLAY)), "//disk/boot")
+
+
 def test_template_with_network_cards_keeps_to_them() -> None:
     spec = dataclasses.replace(domain_spec(), networks=NETWORKS)
     card = "<interface type='user'/>"

@@ -354,7 +354,7 @@ def test_absurd_virtual_sizes_are_refused(tmp_path: Path, size: int) -> None:
     refused(patched(qcow2, 24, struct.pack(">Q", size)), "qcow2", "virtual size|L1 entries")
     if size != GIB + 1:
         vdi = made(tmp_path, "vdi")
-        refused(patched(vdi, 0x170, struct.pack("<Q", size)), "vdi", "virtual size")
+        refused(patched(vdi, 0x170, struct.pack("<Q", size)), "vdi", "virtual size|too few")
 
 
 @needs_qemu

@@ -4,11 +4,20 @@ from typing import BinaryIO
 
 import click
 
-from agent.commands.command import Group, Invocation, invocation
+from agent.commands.command import Exit, Group, Invocation, invocation
+from agent.commands.duration import Duration
 from agent.commands.output import emit, instant, pairs, rows, size
 from agent.commands.waiting import conclude, wait
 from agent.report import JobReport
-from agent.views import CacheStatus, Fetch, ImageEntry
+from agent.views import (
+    CacheStatus,
+    Decision,
+    Fetch,
+    GcReport,
+    ImageEntry,
+    ImageState,
+    Soundness,
+)
 
 
 @click.group(cls=Group)
@@ -111,6 +120,60 @@ def remove(call: Invocation, image_id: str) -> None:
     emit(call, {"removed": image_id}, lambda: click.echo(f"{image_id} removed", err=True))
 
 
+@image.command()
+@click.argument("image_id", metavar="ID")
+@invocation
+def why(call: Invocation, image_id: str) -> None:
+    """Tell what keeps an image in the cache, or why the next gc removes it."""
+    with call.client() as client:
+        decision = client.why_image(image_id)
+    emit(call, decision, lambda: pairs(_decision_lines(decision)))
+
+
+@image.command()
+@click.argument("image_id", metavar="ID")
+@click.option("--for", "seconds", type=Duration(), metavar="TIME", help="Such as 90s, 12h, 7d.")
+@invocation
+def pin(call: Invocation, image_id: str, seconds: float | None) -> None:
+    """Keep an image in the cache, for a time or until it is unpinned."""
+    with call.client() as client:
+        entry = client.pin_image(image_id, seconds)
+    until = f"until {instant(entry.pinned_until)}" if entry.pinned_until else "until unpinned"
+    emit(call, entry, lambda: click.echo(f"{entry.id} stays {until}", err=True))
+
+
+@image.command()
+@click.argument("image_id", metavar="ID")
+@invocation
+def unpin(call: Invocation, image_id: str) -> None:
+    """Take the pin off an image; it may go when nobody needs it."""
+    with call.client() as client:
+        entry = client.unpin_image(image_id)
+    emit(call, entry, lambda: click.echo(f"{entry.id} unpinned", err=True))
+
+
+@image.command()
+@click.argument("image_ids", metavar="[ID...]", nargs=-1)
+@invocation
+def verify(call: Invocation, image_ids: tuple[str, ...]) -> None:
+    """Read images in the cache from end to end and check their hashes; all if none is named."""
+    with call.client() as client:
+        if not image_ids:
+            entries = client.images()
+            image_ids = tuple(e.id for e in entries if e.state is ImageState.CACHED)
+        found = [client.verify_image(image_id) for image_id in image_ids]
+    emit(
+        call,
+        {"images": found},
+        lambda: rows(
+            ("ID", "BYTES", "DIGEST", "INSTANCES"),
+            ((v.image_id, v.soundness, v.digest[:31], " ".join(v.instances)) for v in found),
+        ),
+    )
+    if any(verification.soundness is Soundness.DAMAGED for verification in found):
+        click.get_current_context().exit(Exit.FAILED)
+
+
 @click.group(cls=Group)
 def cache() -> None:
     """The image cache as a whole."""
@@ -123,6 +186,16 @@ def status(call: Invocation) -> None:
     with call.client() as client:
         cache_status = client.cache()
     emit(call, cache_status, lambda: pairs(cache_lines(cache_status)))
+
+
+@cache.command()
+@click.option("--dry-run", is_flag=True, help="Tell what would be removed, and remove nothing.")
+@invocation
+def gc(call: Invocation, *, dry_run: bool) -> None:
+    """Remove the images that nobody needs and that age or lack of space removes."""
+    with call.client() as client:
+        report = client.gc(dry_run=dry_run)
+    emit(call, report, lambda: _print_gc(report))
 
 
 def cache_lines(cache_status: CacheStatus) -> list[tuple[str, object]]:
@@ -162,6 +235,32 @@ def _print_fetches(reports: list[JobReport]) -> None:
     )
 
 
+def _decision_lines(decision: Decision) -> list[tuple[str, object]]:
+    return [
+        ("id", decision.image_id),
+        ("base", decision.base_name),
+        ("next gc", "removes it" if decision.remove else "keeps it"),
+        ("reason", f"{decision.reason}: {decision.detail}"),
+    ]
+
+
+def _print_gc(report: GcReport) -> None:
+    verb = "would go" if report.dry_run else "removed"
+    rows(
+        ("ID", "DECISION", "FREES", "REASON"),
+        (
+            (
+                decision.image_id,
+                verb if decision.remove else "stays",
+                size(decision.bytes) if decision.remove else "",
+                decision.detail,
+            )
+            for decision in report.decisions
+        ),
+    )
+    click.echo(f"{size(report.bytes)} {'would be ' if report.dry_run else ''}freed", err=True)
+
+
 def _print(entry: ImageEntry) -> None:
     pairs(
         [
@@ -176,6 +275,7 @@ def _print(entry: ImageEntry) -> None:
             ("digest", entry.digest),
             ("committed", instant(entry.committed_at)),
             ("last used", instant(entry.last_used_at)),
+            ("pinned", (instant(entry.pinned_until) or "for ever") if entry.pinned else None),
             *(("instance", uuid) for uuid in entry.instances),
         ]
     )

@@ -14,24 +14,31 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
+
+from agent.client import Client
 
 PROGRAM: Final = Path(sys.prefix, "bin/bootwright")
 USER: Final = "bootwright"
 CHECKOUT: Final = Path(__file__).parents[2]
 
-_AS_SERVICE: Final = (
-    *("setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups", "--no-new-privs"),
-    *("--inh-caps=-all,+fowner", "--ambient-caps=-all,+fowner", "--bounding-set=-all,+fowner"),
-)
 _START_LIMIT_S: Final = 60.0
 _STOP_LIMIT_S: Final = 90.0
 
 Options = Mapping[str, Mapping[str, object]]
 """Sections of the configuration: name to options."""
+
+
+def as_service(*capabilities: str) -> list[str]:
+    """Return what a command line begins with that runs as the unit's user with so much power."""
+    sets = ",".join(["-all", *(f"+{name}" for name in capabilities)])
+    return [
+        *("setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups", "--no-new-privs"),
+        *(f"--inh-caps={sets}", f"--ambient-caps={sets}", f"--bounding-set={sets}"),
+    ]
 
 
 class AgentError(Exception):
@@ -52,10 +59,14 @@ class Agent:
     """One agent with everything it owns below `root`; a context manager that starts and stops it.
 
     `root` is made, and has to be where the service user and QEMU's can go.
+    `capabilities`: what it is started with.
     """
 
-    def __init__(self, root: Path, options: Options) -> None:
+    def __init__(
+        self, root: Path, options: Options, *, capabilities: Sequence[str] = ("fowner",)
+    ) -> None:
         self.root = root
+        self._capabilities = capabilities
         self.instances = root / "instances"
         self.bases = self.instances / "_base"
         self.socket = root / "bootwright.sock"
@@ -102,7 +113,7 @@ class Agent:
         """Return when it serves."""
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [*_AS_SERVICE, PROGRAM, "--config-file", self._config, "agent"],
+                [*as_service(*self._capabilities), *self.command("agent")],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -135,6 +146,14 @@ class Agent:
         self._process = None
         return status
 
+    def wait_end(self, limit_s: float) -> int:
+        """Wait until it has ended by itself; return its exit status."""
+        if self._process is None:
+            raise AgentError("the agent does not run")
+        status = self._process.wait(limit_s)
+        self._process = None
+        return status
+
     def kill(self) -> None:
         """End it as a crash does."""
         if self._process is not None:
@@ -158,8 +177,10 @@ class Agent:
         """End it, and delete its instances: the next test shall find an empty libvirt."""
         try:
             if self._process is not None and self._process.poll() is None and self._serves():
-                for instance in self.json("instance", "list")["instances"]:
-                    self.json("instance", "delete", instance["uuid"])
+                # Not through the command line, which would take a second for each.
+                with Client(self.socket) as client:
+                    for instance in client.instances():
+                        client.wait(client.delete_instance(instance.uuid).id, _STOP_LIMIT_S)
         finally:
             self.stop()
 

@@ -13,7 +13,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
@@ -63,7 +63,7 @@ class Exchange:
     method: str
     path: str  # As the client sent it, with the query.
     headers: Mapping[str, str]  # Their names are in lower case.
-    fault: Fault = Fault()
+    fault: Fault = Fault()  # A rate may be changed while the body is sent.
     status: int | None = None  # None when there was no answer.
     sent: int = 0  # Body bytes handed to the client's socket, counted just before.
 
@@ -107,6 +107,12 @@ class FaultProxy:
         self._server.cut_connections()
         self._server.server_close()
         self._thread.join()
+
+    def hurry(self) -> None:
+        """Let everything through at once from now on, also what is being sent slowly."""
+        self.faults, self.afterwards = [], Fault()
+        for exchange in self.exchanges:
+            exchange.fault = replace(exchange.fault, rate=None)
 
     @property
     def matching(self) -> list[Exchange]:
@@ -231,8 +237,8 @@ class _Handler(BaseHTTPRequestHandler):
                 block = block[:at] + bytes([block[at] ^ 1]) + block[at + 1 :]
             exchange.sent += len(block)
             self.wfile.write(block)
-            if fault.rate is not None:
-                time.sleep(max(0.0, started + exchange.sent / fault.rate - time.monotonic()))
+            if (rate := exchange.fault.rate) is not None:
+                time.sleep(max(0.0, started + exchange.sent / rate - time.monotonic()))
         if exchange.sent == fault.stall_after:
             self.connection.recv(1)  # Until the client hangs up or the proxy is closed.
         elif exchange.sent == fault.cut_after and fault.reset:

@@ -211,12 +211,23 @@ class PrivateLibvirtd:
         states = {uuid: self._virsh("domstate", uuid).stdout.strip() for uuid in uuids}
         return {uuid: state for uuid, state in states.items() if state}
 
+    def is_starting(self, name: str) -> bool:
+        """Whether libvirtd has taken up the start of a domain; it holds its lock meanwhile."""
+        return any((self._mounts[Path("/var/lib/libvirt")] / "qemu").glob(f"domain-*-{name}"))
+
+    def qemu_pid(self, name: str) -> int:
+        """The process of a domain that runs."""
+        return int((self._run / "qemu" / f"{name}.pid").read_text())
+
     @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Stop libvirtd in its tracks for the time of the block: it answers nobody."""
-        process = _open_process(self._pid_file("libvirtd"), self._marker("libvirtd"))
+    def frozen(self, daemon: str = "libvirtd") -> Iterator[None]:
+        """Stop a daemon in its tracks for the time of the block: it answers nobody.
+
+        With `virtlogd` frozen, domains can be defined, and not one of them comes to its start.
+        """
+        process = _open_process(self._pid_file(daemon), self._marker(daemon))
         if process is None:
-            raise RuntimeError("libvirtd does not run")
+            raise RuntimeError(f"{daemon} does not run")
         try:
             signal.pidfd_send_signal(process, signal.SIGSTOP)
             yield

@@ -35,6 +35,7 @@ mkdir "$scratch/upper" "$scratch/work" "$scratch/root"
 mount -t overlay overlay "$scratch/root" \
     -o "lowerdir=/,upperdir=$scratch/upper,workdir=$scratch/work"
 exec systemd-nspawn --quiet --register=no --keep-unit --link-journal=no --private-network \
+    --system-call-filter="landlock_create_ruleset landlock_add_rule landlock_restrict_self" \
     --console=pipe --directory="$scratch/root" "$@" --boot systemd.unit=sysinit.target
 """
 

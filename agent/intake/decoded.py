@@ -1,0 +1,243 @@
+"""Makes the raw disk of a qcow2 image while its bytes arrive.
+
+    raw                what has been decoded
+    spill              what the decoder has to look at again
+    head               the image's first bytes, for the inspection
+    checkpoint.json    offset, state of the hash, state of the decoder
+    tail-<offset>      see `agent.intake.tails`
+
+A checkpoint is made every 64 MiB and survives a crash of the host; with the
+tails a crash of the agent costs nothing at all. A checkpoint is as good as the
+hash of the whole: if that does not match, the image is fetched from its start.
+Of a hash whose state cannot be written down there are no checkpoints, so that
+the tails hold the whole image.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pydantic import TypeAdapter, ValidationError
+
+from agent import resumable_hash
+from agent.cancellation import Cancellation
+from agent.files import reporting_no_space, write_durably
+from agent.image import Image
+from agent.inspection import Inspection, Verdict, refuse_nested
+from agent.intake import Undecodable
+from agent.intake.hasher import Hash, Hasher
+from agent.intake.marker import Marker
+from agent.intake.tails import Tails
+from agent.partial import Partial
+from agent.qcow2_decoder import Decoder
+from agent.resumable_hash import Sha512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Checkpoint:
+    version: int = 1
+    offset: int
+    hash_state: str
+    """Hexadecimal."""
+    decoder_state: str
+
+
+_CHECKPOINT = TypeAdapter(_Checkpoint)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Mark:
+    """A checkpoint that is not on stable storage yet."""
+
+    offset: int
+    hash_state: "Future[bytes]"
+    decoder_state: bytes
+
+
+def possible(image: Image) -> bool:
+    """Return whether an image can be decoded as it arrives, as far as its record tells."""
+    return image.disk_format == "qcow2" and image.size is not None
+
+
+def _new_hash(algorithm: str) -> Hash:
+    if algorithm == "sha512" and resumable_hash.available():
+        return Sha512()
+    return hashlib.new(algorithm)
+
+
+def begun(partial: Partial) -> bool:
+    """Return whether `partial` was being decoded."""
+    return _head(partial).exists()
+
+
+class DecodedIntake:
+    """See `Intake`. Made by `begin` or `resume`."""
+
+    def __init__(self, partial: Partial, decoder: Decoder, hash_: Hash) -> None:
+        self.kept = 0
+        self._partial = partial
+        self._decoder = decoder
+        self._hash = hash_
+        self._hasher = Hasher(hash_)
+        self._tails = Tails(partial.directory)
+        self._marker: Marker[_Mark] = Marker(self._settle, decoder.offset)
+
+    @classmethod
+    def begin(cls, partial: Partial, *, algorithm: str, head: bytes) -> Self:
+        """Begin an image whose first bytes are `head`; they are still to be taken.
+
+        Raises:
+            agent.qcow2_decoder.Unsupported: another way has to be found.
+            Undecodable: its header breaks a rule.
+        """
+        decoder = _begin(partial, head)
+        write_durably(_head(partial), head)
+        return cls(partial, decoder, _new_hash(algorithm))
+
+    @classmethod
+    def resume(
+        cls,
+        partial: Partial,
+        inspection: Inspection,
+        *,
+        algorithm: str,
+        cancellation: Cancellation,
+    ) -> Self:
+        """Go on where the last run was interrupted; `inspection` is shown what counts.
+
+        Raises:
+            Undecodable: what is there is damaged.
+        """
+        checkpoint = _read_checkpoint(partial)
+        head = _head(partial).read_bytes()
+        hash_: Hash
+        if checkpoint is None:
+            decoder, hash_ = _begin(partial, head), _new_hash(algorithm)
+        else:
+            try:
+                hash_ = Sha512.from_state(bytes.fromhex(checkpoint.hash_state))
+                state = checkpoint.decoder_state.encode()
+                decoder = Decoder.resume(state, partial.raw, _spill(partial))
+            except (ValueError, FileNotFoundError) as e:
+                raise Undecodable(f"the checkpoint cannot be used: {e}") from e
+            inspection.feed(head)
+            inspection.pass_over(decoder.offset - len(head))
+        intake = cls(partial, decoder, hash_)
+        try:
+            intake._replay(inspection, cancellation)
+        except BaseException:
+            intake.close()
+            raise
+        return intake
+
+    def _replay(self, inspection: Inspection, cancellation: Cancellation) -> None:
+        if not self._partial.same_boot:
+            self._tails.forget()
+        self._partial.mark(self.offset)
+        for piece in self._tails.pieces(self.offset):
+            cancellation.check()
+            inspection.feed(piece)
+            self._pass(piece)
+        self.kept = self.offset
+
+    @property
+    def offset(self) -> int:
+        return self._decoder.offset
+
+    def take(self, chunk: bytes) -> None:
+        begin = self.offset
+        self._pass(chunk)
+        with reporting_no_space(self._partial.raw, len(chunk), "writing beside"):
+            self._tails.append(begin, chunk)
+        if isinstance(self._hash, Sha512):
+            state = self._hash.state
+            self._marker.reached(self.offset, lambda: self._mark(state))
+
+    def _pass(self, chunk: bytes) -> None:
+        self._hasher.update(chunk)
+        with reporting_no_space(self._partial.raw, len(chunk), "decoding into"):
+            try:
+                self._decoder.feed(chunk)
+            except ValueError as e:
+                raise Undecodable(str(e)) from e
+
+    def _mark(self, hash_state: Callable[[], bytes]) -> _Mark:
+        try:
+            state = self._decoder.state()
+        except ValueError as e:
+            raise Undecodable(str(e)) from e
+        mark = _Mark(
+            offset=self.offset,
+            hash_state=self._hasher.after(hash_state),
+            decoder_state=state,
+        )
+        self._tails.cut()
+        return mark
+
+    def _settle(self, mark: _Mark) -> None:
+        """Make a mark a checkpoint; in the marker's thread."""
+        for path in (self._partial.raw, _spill(self._partial)):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+        checkpoint = _Checkpoint(
+            offset=mark.offset,
+            hash_state=mark.hash_state.result().hex(),
+            decoder_state=mark.decoder_state.decode(),
+        )
+        write_durably(_checkpoint(self._partial), _CHECKPOINT.dump_json(checkpoint))
+        self._tails.forget(mark.offset)
+
+    def digest(self) -> str:
+        self._marker.close()
+        try:
+            self._decoder.finish()
+        except ValueError as e:
+            raise Undecodable(str(e)) from e
+        return self._hasher.hexdigest()
+
+    def disk(self, verdict: Verdict) -> Path:
+        if self._decoder.virtual_size != verdict.virtual_size:
+            raise AssertionError("inspection and decoder read the same header")
+        refuse_nested(self._partial.image.id, self._partial.raw)
+        return self._partial.raw
+
+    def close(self) -> None:
+        self._marker.close()
+        self._hasher.close()
+        self._decoder.close()
+        self._tails.cut()
+
+
+def _begin(partial: Partial, head: bytes) -> Decoder:
+    if partial.image.size is None:
+        raise AssertionError("`possible` has been asked")
+    try:
+        return Decoder.begin(head, partial.raw, _spill(partial), size=partial.image.size)
+    except ValueError as e:
+        raise Undecodable(str(e)) from e
+
+
+def _read_checkpoint(partial: Partial) -> _Checkpoint | None:
+    try:
+        return _CHECKPOINT.validate_json(_checkpoint(partial).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _checkpoint(partial: Partial) -> Path:
+    return partial.directory / "checkpoint.json"
+
+
+def _head(partial: Partial) -> Path:
+    return partial.directory / "head"
+
+
+def _spill(partial: Partial) -> Path:
+    return partial.directory / "spill"

@@ -1,0 +1,120 @@
+"""Keeps the bytes of an image as they are, sparse; afterwards converts what is not raw.
+
+    data    the bytes as the source sent them
+    raw     what qemu-img made of them, if they were not raw
+
+An earlier run's `data` is read once, to bring hash and inspection up to it.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Protocol
+
+from agent.cancellation import Cancellation
+from agent.files import SparseWriter
+from agent.inspection import Inspection, Verdict, refuse_nested
+from agent.intake.hasher import Hasher
+from agent.intake.marker import Marker
+from agent.partial import Partial
+
+_PIECE = 1 << 20
+
+# Content that is a disk as it stands.
+PLAIN_FORMATS = frozenset({"raw", "iso"})
+
+
+class Converter(Protocol):
+    """What turns other formats into raw; `agent.qemu_img.QemuImg` does."""
+
+    def convert(
+        self,
+        source: Path,
+        source_format: str,
+        target: Path,
+        cancellation: Cancellation,
+        *,
+        virtual_size: int | None,
+    ) -> None: ...
+
+
+class PlainIntake:
+    """See `Intake`."""
+
+    def __init__(
+        self,
+        partial: Partial,
+        inspection: Inspection,
+        *,
+        algorithm: str,
+        converter: Converter,
+        cancellation: Cancellation,
+    ) -> None:
+        """Go on with what `partial` has, which `inspection` is shown.
+
+        Raises:
+            ImageUnacceptable: what is there already is not what it claims to be.
+        """
+        self._partial = partial
+        self._inspection = inspection
+        self._converter = converter
+        self._cancellation = cancellation
+        # What an agent that was killed had written is in the page cache or on
+        # the disk; after a boot of the host only what was synced is certain.
+        length = partial.data.stat().st_size if partial.data.exists() else 0
+        self.kept = length if partial.same_boot else min(length, partial.durable)
+        self._writer = SparseWriter(partial.data, self.kept)
+        partial.mark(min(self.kept, partial.durable))
+        self._hasher = Hasher(hashlib.new(algorithm))
+        self._marker = Marker(self._settle, self.kept)
+        try:
+            self._replay()
+        except BaseException:
+            self.close()
+            raise
+
+    def _replay(self) -> None:
+        with self._partial.data.open("rb", buffering=0) as file:
+            while piece := file.read(_PIECE):
+                self._cancellation.check()
+                self._inspection.feed(piece)
+                self._hasher.update(piece)
+
+    @property
+    def offset(self) -> int:
+        return self._writer.size
+
+    def take(self, chunk: bytes) -> None:
+        self._hasher.update(chunk)
+        self._writer.write(chunk)
+        self._marker.reached(self._writer.size, lambda: self._writer.size)
+
+    def _settle(self, offset: int) -> None:
+        with self._partial.data.open("rb") as file:
+            os.fdatasync(file.fileno())
+        self._partial.mark(offset)
+
+    def digest(self) -> str:
+        self._marker.close()
+        self._writer.flush()
+        return self._hasher.hexdigest()
+
+    def disk(self, verdict: Verdict) -> Path:
+        if verdict.format in PLAIN_FORMATS:
+            return self._partial.data
+        raw = self._partial.raw
+        raw.unlink(missing_ok=True)
+        self._converter.convert(
+            self._partial.data,
+            verdict.format,
+            raw,
+            self._cancellation,
+            virtual_size=verdict.virtual_size,
+        )
+        refuse_nested(self._partial.image.id, raw)
+        return raw
+
+    def close(self) -> None:
+        self._marker.close()
+        self._hasher.close()
+        self._writer.close()

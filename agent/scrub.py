@@ -1,0 +1,136 @@
+"""The scrub: verifies every base again and again, in the background, behind everybody else.
+
+The longest unverified goes first. It runs in one thread of its own, at idle
+I/O priority and the lowest CPU priority, and gives way while the host waits
+for its disks; but not for ever, since a busy host wants sound bases too.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from agent import process
+from agent.cancellation import Cancellation
+from agent.errors import AgentStopping, BootwrightError, NotFound
+from agent.image import Image
+from agent.process import ProgramFailed
+from agent.store import Entry, Store
+from agent.verification import Verifier
+from agent.views import Soundness
+
+LOG = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 600.0
+"""How often it looks whether a base is due."""
+
+_PRESSURE = Path("/proc/pressure/io")
+_PRESSED = 10.0
+"""Percent of the last ten seconds in which somebody waited for a disk."""
+
+_PAUSE_S = 1.0
+"""Before a piece of 8 MiB while the disks are busy: half a TiB a day goes on regardless."""
+
+
+class Scrub:
+    """A thread; started once, stopped once."""
+
+    def __init__(
+        self,
+        store: Store,
+        verifier: Verifier,
+        *,
+        interval_s: float,
+        repair: Callable[[Image, Cancellation], None],
+        pressure: Path = _PRESSURE,
+    ) -> None:
+        """Each base is verified every `interval_s`.
+
+        `repair` fetches an image anew that instances stand on.
+        """
+        self._store = store
+        self._verifier = verifier
+        self._interval_s = interval_s
+        self._repair = repair
+        self._pressure = pressure
+        self._cancellation = Cancellation()
+        self._thread = threading.Thread(target=self._run, name="scrub", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        self._cancellation.cancel(AgentStopping("the agent is stopping"))
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        _stand_back()
+        try:
+            while True:
+                self.run_once(self._cancellation)
+                self._cancellation.wait(_LOOK_EVERY_S)
+        except AgentStopping:
+            pass
+
+    def run_once(self, cancellation: Cancellation) -> None:
+        """Verify the bases that are due.
+
+        Raises:
+            BootwrightError: what the cancellation was given.
+        """
+        for entry in self._due():
+            try:
+                self._verify(entry, cancellation)
+            except NotFound:
+                continue  # removed meanwhile
+            except BootwrightError as e:
+                cancellation.check()
+                LOG.error("scrubbing image %s: %s", entry.manifest.image.id, e)
+
+    def _verify(self, entry: Entry, cancellation: Cancellation) -> None:
+        image = entry.manifest.image
+        found = self._verifier.verify(
+            image.id, cancellation, pause=lambda: self._give_way(cancellation)
+        )
+        if found.soundness is Soundness.DAMAGED and found.instances:
+            self._repair(image, cancellation)
+
+    def _due(self) -> list[Entry]:
+        limit = time.time() - self._interval_s
+        entries = [
+            entry
+            for entry in self._store.entries()
+            # What was converted has no hash of its own until it is first read
+            # here: the boot that waited for it did not have to wait for that.
+            if entry.manifest.content_digest is None or entry.manifest.verified_at < limit
+        ]
+        return sorted(entries, key=lambda entry: entry.manifest.verified_at)
+
+    def _give_way(self, cancellation: Cancellation) -> None:
+        if _pressed(self._pressure):
+            cancellation.wait(_PAUSE_S)
+
+
+def _pressed(pressure: Path) -> bool:
+    """Whether the host's processes wait for its disks; False if the kernel does not say."""
+    try:
+        # some avg10=1.22 avg60=1.18 avg300=1.10 total=64112393
+        first = pressure.read_text(encoding="ascii").split()[1]
+        return float(first.removeprefix("avg10=")) > _PRESSED
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def _stand_back() -> None:
+    """Take the lowest priorities for the calling thread only."""
+    thread = threading.get_native_id()
+    # Linux gives each thread a nice value of its own: setpriority(2), "C library/kernel
+    # differences".
+    os.setpriority(os.PRIO_PROCESS, thread, 19)
+    try:
+        process.run(["ionice", "-c", "3", "-p", str(thread)], timeout_s=10)
+    except ProgramFailed as e:
+        LOG.warning("the scrub keeps the I/O priority of everybody else: %s", e)

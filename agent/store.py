@@ -1,0 +1,273 @@
+"""The bases as they lie on disk: `_base` and everything in it.
+
+    <name>, <name>.json     a base and its manifest; together, an entry
+    .partial/<name>/        what is being fetched, or waits to be gone on with
+    .quarantine/            bases whose bytes were found wrong, for people to look at
+    .pins/, .hosts/         see `agent.pins` and `agent.claims`
+    .locks/<name>           held by whoever makes or removes anything of that name;
+                            here and not elsewhere, because hosts that share the
+                            directory have to share the locks
+
+Decides nothing: whether a base may go is for others to know.
+
+Commit, and what a crash at any point of it leaves:
+
+    1. manifest aside, in the partial     a partial, verified again when asked for
+    2. rename of the data to its name     a file without a manifest: no entry; the
+                                          manifest in the partial completes it
+    3. rename of the manifest             the entry
+"""
+
+import contextlib
+import logging
+import stat
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent import manifest as manifests
+from agent.errors import BackendError, NotFound
+from agent.files import UNFINISHED, fsync_directory, remove_tree
+from agent.image import Image
+from agent.locks import FileLock
+from agent.manifest import Identity, Manifest, base_name, manifest_path
+from agent.partial import Partial
+
+LOG = logging.getLogger(__name__)
+
+_NAME_LENGTH = 40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A base, as it is listed."""
+
+    path: Path
+    manifest: Manifest
+    identity: Identity
+    """Of the file as it is; the manifest has that of the file that was verified."""
+    allocated: int
+    """Bytes on disk, shared by all entries of one inode."""
+    last_used_at: float
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def recognised(self) -> bool:
+        """Whether it still is the file that was verified."""
+        return self.identity == self.manifest.identity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartialEntry:
+    name: str
+    allocated: int
+    changed_at: float
+
+
+class Store:
+    """May be shared by any number of threads; two may not commit or remove one name at once."""
+
+    def __init__(self, directory: Path) -> None:
+        """`directory` is `_base`; it is made if need be."""
+        self.directory = directory
+        self.locks = directory / ".locks"
+        self._partials = directory / ".partial"
+        self._quarantine = directory / ".quarantine"
+        directory.mkdir(exist_ok=True)
+        # The hypervisor's user has to pass through to a base it is given, and
+        # to see nothing else on the way.
+        directory.chmod(0o711)
+        for path in (self._partials, self._quarantine, self.locks):
+            path.mkdir(mode=0o700, exist_ok=True)
+
+    def path_of(self, name: str) -> Path:
+        """Return where the base of that name is, or would be."""
+        return self.directory / name
+
+    def lock_of(self, name: str) -> Path:
+        return self.locks / name
+
+    def partial_of(self, image: Image) -> Partial:
+        return Partial(self._partials / base_name(image.id), image)
+
+    # What there is
+
+    def entries(self) -> list[Entry]:
+        """Return the bases, most recently used first."""
+        found = [self.find(path.stem) for path in self.directory.glob("[!.]*.json")]
+        return sorted(filter(None, found), key=lambda entry: entry.last_used_at, reverse=True)
+
+    def find(self, name: str) -> Entry | None:
+        base = self.path_of(name)
+        manifest = manifests.read(manifest_path(base))
+        if manifest is None:
+            return None
+        try:
+            status = base.lstat()
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return Entry(
+            path=base,
+            manifest=manifest,
+            identity=Identity(inode=status.st_ino, size=status.st_size),
+            allocated=status.st_blocks * 512,
+            # An entry made of a file that was here already is as young as itself.
+            last_used_at=max(status.st_mtime, manifest.created_at),
+        )
+
+    def get(self, image_id: str) -> Entry:
+        """Raises: NotFound."""
+        entry = self.find(base_name(image_id))
+        if entry is None:
+            raise NotFound(
+                f"image {image_id} is not in the cache of this host",
+                f"bootwright image fetch {image_id} gets it",
+            )
+        return entry
+
+    def partials(self) -> list[PartialEntry]:
+        """Return what is being fetched, or waits to be gone on with."""
+        found = []
+        for path in self._partials.iterdir():
+            try:
+                files = [file.stat() for file in path.iterdir()]
+                changed_at = max([path.stat().st_mtime, *(file.st_mtime for file in files)])
+            except FileNotFoundError:
+                continue
+            allocated = sum(file.st_blocks for file in files) * 512
+            found.append(PartialEntry(name=path.name, allocated=allocated, changed_at=changed_at))
+        return found
+
+    def allocated(self) -> int:
+        """Return the bytes that all of it takes; a file with several names counts once."""
+        inodes: dict[int, int] = {}
+        folders = [self.directory, self._quarantine, *self._partials.iterdir()]
+        for folder in folders:
+            # A partial may go while it is looked at.
+            with contextlib.suppress(FileNotFoundError):
+                for path in folder.iterdir():
+                    with contextlib.suppress(FileNotFoundError):
+                        status = path.lstat()
+                        inodes[status.st_ino] = status.st_blocks * 512
+        return sum(inodes.values())
+
+    # Coming and going; the caller holds the lock of the name
+
+    def commit(self, name: str, data: Path, manifest: Manifest, partial: Partial) -> None:
+        """Make `data`, a file in the partial, the base of that name.
+
+        What already bears the name is replaced in one step: a damaged base
+        that instances stand on stays in its place until a sound one takes it.
+
+        Raises:
+            BackendError: the file system refused; nobody will believe what is there.
+        """
+        aside = partial.directory / "manifest.json"
+        try:
+            manifests.write(aside, manifest)
+            data.rename(self.path_of(name))
+            fsync_directory(self.directory)
+            self.complete(name, partial)
+        except OSError as e:
+            raise BackendError(
+                f"the base {self.path_of(name)} cannot be committed: {e}",
+                "check the file system and the kernel's log",
+            ) from e
+
+    def complete(self, name: str, partial: Partial) -> bool:
+        """Take the last step of a commit if all before it have been taken."""
+        path = self.path_of(name)
+        aside = manifests.read(partial.directory / "manifest.json")
+        if aside is None or not path.is_file() or aside.identity != manifests.identity(path):
+            return False
+        (partial.directory / "manifest.json").rename(manifest_path(path))
+        fsync_directory(self.directory)
+        return True
+
+    def remove(self, name: str) -> None:
+        path = self.path_of(name)
+        # The manifest first: without it the rest is no entry.
+        manifest_path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        fsync_directory(self.directory)
+
+    def quarantine(self, name: str, *, in_use: bool) -> None:
+        """Take a damaged base out of the cache, and keep it for people to look at.
+
+        With `in_use` the file itself stays where overlays look for it, until
+        the image is fetched anew; only the manifest goes, so that nobody else
+        is given it. A running guest has the old file open and goes on with it;
+        from its next start it reads the new one.
+        """
+        path = self.path_of(name)
+        target = self._quarantine / f"{name}-{time.time():.0f}"
+        manifest_path(path).rename(manifest_path(target))
+        if not in_use:
+            path.rename(target)
+        fsync_directory(self._quarantine)
+        fsync_directory(self.directory)
+
+    # Leftovers
+
+    def sweep(self, *, partials_s: float, quarantine_s: float, keep: Callable[[str], bool]) -> None:
+        """Remove what no entry and nobody at work needs.
+
+        That is partials nobody went on with for `partials_s`, what has been in
+        quarantine for `quarantine_s`, and files of no entry at once: what is
+        being made is locked. A base that `keep` asks for stays, entry or not:
+        it may be all that some instance has.
+        """
+        limit = time.time() - partials_s
+        stale = {entry.name for entry in self.partials() if entry.changed_at < limit}
+        strays = {
+            path.name.removeprefix(".")[:_NAME_LENGTH]
+            for path in self.directory.iterdir()
+            if path.is_file() and not self._is_of_entry(path)
+        }
+        for name in sorted(stale | strays):
+            lock = FileLock(self.lock_of(name))
+            if not lock.try_acquire():
+                continue  # somebody is at work on it
+            try:
+                self._sweep_one(name, stale=name in stale, keep=keep)
+            finally:
+                lock.release()
+        _remove(p for p in self.directory.glob(f".*/{UNFINISHED}") if _age(p) > partials_s)
+        _remove(p for p in self._quarantine.iterdir() if _age(p) > quarantine_s)
+
+    def _sweep_one(self, name: str, *, stale: bool, keep: Callable[[str], bool]) -> None:
+        partial = self._partials / name
+        if stale and partial.is_dir():
+            LOG.info("removing the partial %s, which nobody has gone on with", partial)
+            remove_tree(partial)
+        # Beside a partial it may be what an interrupted commit is completed with.
+        spared = name if partial.is_dir() or keep(name) else None
+        _remove(
+            path
+            for path in [*self.directory.glob(f"{name}*"), *self.directory.glob(f".{name}*")]
+            if path.is_file() and path.name != spared and not self._is_of_entry(path)
+        )
+
+    def _is_of_entry(self, path: Path) -> bool:
+        base = path.with_suffix("") if path.suffix == ".json" else path
+        return base.is_file() and manifests.read(manifest_path(base)) is not None
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since the file was last written, renamed or given away."""
+    try:
+        return time.time() - path.lstat().st_ctime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        LOG.info("removing %s, which belongs to no entry of the cache", path)
+        path.unlink(missing_ok=True)

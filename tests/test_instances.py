@@ -1,0 +1,174 @@
+"""The registry of instances, on a real directory."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent.disk import Disk, Link
+from agent.errors import InstanceExists, NotFound
+from agent.instances import InstanceRecord, Instances
+from agent.job import ImagesType
+from agent.report import Role
+
+UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
+OTHER = "11111111-2222-4333-8444-555555555555"
+BASE = "0d5e6b61602d758984b3bf038267614d6016eb2a"
+
+
+@pytest.fixture
+def instances(tmp_path: Path) -> Instances:
+    return Instances(tmp_path)
+
+
+def record(directory: Path, uuid: str = UUID, name: str = "web-1") -> InstanceRecord:
+    return InstanceRecord(
+        uuid=uuid,
+        name=name,
+        job_id="job-1",
+        created_at=1.5,
+        image_id="img-1",
+        image_digest="sha512:00",
+        images_type=ImagesType.QCOW2,
+        metadata={"tier": "web"},
+        disks=(
+            Disk(
+                role=Role.ROOT,
+                path=directory / uuid / "disk",
+                format="qcow2",
+                virtual_size=1 << 30,
+                bus="virtio",
+                device_name="vda",
+                base_name=BASE,
+                backing_chain=(Link(path=directory / "_base" / BASE, format="raw"),),
+            ),
+        ),
+    )
+
+
+def test_record_survives_a_restart_unchanged(instances: Instances, tmp_path: Path) -> None:
+    instances.write(record(tmp_path))
+    again = Instances(tmp_path)
+    assert again.all() == [record(tmp_path)]
+    assert again.find("web-1") == again.find(UUID) == record(tmp_path)
+    assert again.standing_on(BASE) == [record(tmp_path)]
+    assert again.standing_on("0" * 40) == []
+    assert again.unreadable == ()
+
+
+def test_directory_lets_the_hypervisors_user_through_and_nobody_look(
+    instances: Instances, tmp_path: Path
+) -> None:
+    directory = instances.write(record(tmp_path))
+    assert directory.stat().st_mode & 0o777 == 0o711
+    assert (directory / "instance.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_instances_are_listed_oldest_first(instances: Instances, tmp_path: Path) -> None:
+    instances.write(replace(record(tmp_path), created_at=20.0))
+    instances.write(replace(record(tmp_path, OTHER, "web-2"), created_at=10.0))
+    assert [each.name for each in instances.all()] == ["web-2", "web-1"]
+
+
+@pytest.mark.parametrize(("uuid", "name"), [(UUID, "web-2"), (OTHER, "web-1")])
+def test_neither_name_nor_uuid_is_given_twice(
+    instances: Instances, tmp_path: Path, uuid: str, name: str
+) -> None:
+    instances.write(record(tmp_path))
+    with pytest.raises(InstanceExists, match=UUID):
+        instances.claim(uuid=uuid, name=name, job_id="job-2")
+
+
+@pytest.mark.parametrize(("uuid", "name"), [(UUID, "web-2"), (OTHER, "web-1")])
+def test_what_a_job_has_claimed_is_nobody_elses_until_it_lets_go(
+    instances: Instances, uuid: str, name: str
+) -> None:
+    instances.claim(uuid=UUID, name="web-1", job_id="job-1")
+    with pytest.raises(InstanceExists, match="job-1"):
+        instances.claim(uuid=uuid, name=name, job_id="job-2")
+    instances.release("job-1")
+    instances.claim(uuid=uuid, name=name, job_id="job-2")
+
+
+def test_job_that_runs_again_gets_what_its_own_record_says(
+    instances: Instances, tmp_path: Path
+) -> None:
+    instances.write(record(tmp_path))
+    again = Instances(tmp_path)
+    again.claim(uuid=UUID, name="web-1", job_id="job-1")
+    with pytest.raises(InstanceExists):
+        again.claim(uuid=UUID, name="web-1", job_id="job-2")
+
+
+def test_removed_instance_leaves_nothing(instances: Instances, tmp_path: Path) -> None:
+    directory = instances.write(record(tmp_path))
+    (directory / "disk").write_bytes(b"overlay")
+    (directory / "deeper").mkdir()
+    (directory / "deeper" / "file").touch()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").touch()
+    (directory / "link").symlink_to(outside)
+
+    instances.remove(UUID)
+    instances.remove(UUID)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["outside"]
+    assert (outside / "precious").exists()
+    assert instances.all() == []
+    with pytest.raises(NotFound):
+        instances.find("web-1")
+
+
+def test_instance_whose_removal_was_interrupted_can_be_removed_again(
+    instances: Instances, tmp_path: Path
+) -> None:
+    directory = instances.write(record(tmp_path))
+    (directory / "disk").write_bytes(b"overlay")
+    (directory / "disk").unlink()  # as far as a crash let it come
+
+    again = Instances(tmp_path)
+    again.sweep()
+    assert again.find("web-1").uuid == UUID
+    again.remove(UUID)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_removes_what_a_crash_left_and_nothing_else(
+    instances: Instances, tmp_path: Path
+) -> None:
+    directory = instances.write(record(tmp_path))
+    (directory / "disk").write_bytes(b"overlay")
+    unfinished = directory / ".disk.eph0.0123456789abcdef.tmp"
+    unfinished.write_bytes(b"half")
+    unrecorded = tmp_path / OTHER
+    unrecorded.mkdir()
+    (unrecorded / ".instance.json.0123456789abcdef.tmp").write_text("{")
+    for name in ("_base", "locks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".something.tmp").touch()
+
+    again = Instances(tmp_path)
+    assert set(again.sweep()) == {unfinished, unrecorded}
+    assert again.sweep() == []
+
+    assert {path.name for path in tmp_path.iterdir()} == {UUID, "_base", "locks"}
+    assert {path.name for path in directory.iterdir()} == {"disk", "instance.json"}
+    assert len(list(tmp_path.glob("*/.something.tmp"))) == 2
+
+
+@pytest.mark.parametrize("contents", ["", "{", "[]", '{"uuid": 1}', json.dumps({"version": 1})])
+def test_record_that_cannot_be_read_is_named_and_kept(
+    instances: Instances, tmp_path: Path, contents: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = instances.write(record(tmp_path)) / "instance.json"
+    path.write_text(contents)
+
+    again = Instances(tmp_path)
+    again.sweep()
+
+    assert again.unreadable == (path,)
+    assert str(path) in caplog.text
+    assert path.read_text() == contents
+    assert again.all() == []

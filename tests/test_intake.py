@@ -1,0 +1,156 @@
+"""Images decoded as they arrive, interrupted anywhere, gone on with."""
+
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.cancellation import Cancellation
+from agent.image import Image
+from agent.inspection import HEAD, Inspection
+from agent.intake import Undecodable, decoded
+from agent.intake.decoded import DecodedIntake
+from agent.partial import Partial
+
+MIB = 1 << 20
+SIZE = 200 * MIB
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw disk whose qcow2 takes three checkpoints."""
+    path = tmp_path_factory.mktemp("disk") / "raw"
+    with path.open("wb") as file:
+        for _ in range(SIZE // MIB):
+            file.write(os.urandom(MIB))
+        file.truncate(SIZE + 40 * MIB)
+    return path
+
+
+@pytest.fixture(scope="module")
+def qcow2(disk: Path) -> Path:
+    path = disk.with_name("qcow2")
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, path], check=True)
+    return path
+
+
+@pytest.fixture
+def image(qcow2: Path) -> Image:
+    data = qcow2.read_bytes()
+    return Image(
+        id="image",
+        name="",
+        source="memory",
+        status="active",
+        disk_format="qcow2",
+        size=len(data),
+        digest=("sha512", hashlib.sha512(data).hexdigest()),
+    )
+
+
+def pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(begin)
+        while begin < end and (piece := file.read(min(MIB, end - begin))):
+            begin += len(piece)
+            yield piece
+
+
+def inspection(image: Image) -> Inspection:
+    return Inspection(image.id, image.disk_format, size=image.size)
+
+
+def begin(partial: Partial, image: Image, qcow2: Path) -> DecodedIntake:
+    assert decoded.possible(image)
+    partial.open()
+    with qcow2.open("rb") as file:
+        return DecodedIntake.begin(partial, algorithm="sha512", head=file.read(HEAD))
+
+
+def resume(partial: Partial, look: Inspection) -> DecodedIntake:
+    return DecodedIntake.resume(partial, look, algorithm="sha512", cancellation=Cancellation())
+
+
+def take(intake: DecodedIntake, qcow2: Path, until: int, look: Inspection | None = None) -> None:
+    for piece in pieces(qcow2, intake.offset, until):
+        if look is not None:
+            look.feed(piece)
+        intake.take(piece)
+
+
+def finish(intake: DecodedIntake, look: Inspection, image: Image, disk: Path, qcow2: Path) -> None:
+    take(intake, qcow2, qcow2.stat().st_size, look)
+    assert image.digest is not None
+    assert intake.digest() == image.digest[1]
+    path = intake.disk(look.finish())
+    intake.close()
+    assert subprocess.run(["cmp", path, disk], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("reached", [MIB // 2 * 3, 70 * MIB, 131 * MIB, 190 * MIB + 12345])
+def test_an_agent_that_dies_has_to_ask_for_nothing_again(
+    tmp_path: Path, image: Image, disk: Path, qcow2: Path, reached: int
+) -> None:
+    partial = Partial(tmp_path / "partial", image)
+    dying = begin(partial, image, qcow2)
+    take(dying, qcow2, reached)
+    dying.close()
+
+    partial = Partial(tmp_path / "partial", image)
+    assert partial.open()
+    assert decoded.begun(partial)
+    look = inspection(image)
+    intake = resume(partial, look)
+
+    assert intake.kept == intake.offset == reached
+    finish(intake, look, image, disk, qcow2)
+
+
+def test_a_host_that_crashes_goes_on_at_most_64_mib_back(
+    tmp_path: Path, image: Image, disk: Path, qcow2: Path
+) -> None:
+    partial = Partial(tmp_path / "partial", image)
+    dying = begin(partial, image, qcow2)
+    take(dying, qcow2, 190 * MIB)
+    dying.close()
+    state = partial.directory / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "boot_id": "another"}))
+
+    partial = Partial(tmp_path / "partial", image)
+    assert partial.open()
+    look = inspection(image)
+    intake = resume(partial, look)
+
+    assert 190 * MIB - intake.kept <= 65 * MIB
+    assert not list(partial.directory.glob("tail-*"))
+    finish(intake, look, image, disk, qcow2)
+
+
+def test_what_is_kept_for_going_on_stays_small(tmp_path: Path, image: Image, qcow2: Path) -> None:
+    partial = Partial(tmp_path / "partial", image)
+    intake = begin(partial, image, qcow2)
+    take(intake, qcow2, qcow2.stat().st_size)
+    intake.digest()
+
+    beside = [path for path in partial.directory.iterdir() if path.name != "raw"]
+    assert sum(path.stat().st_blocks * 512 for path in beside) < 140 * MIB
+    intake.close()
+
+
+def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path: Path, image: Image, qcow2: Path) -> None:
+    partial = Partial(tmp_path / "partial", image)
+    dying = begin(partial, image, qcow2)
+    take(dying, qcow2, 100 * MIB)
+    dying.close()
+    checkpoint = partial.directory / "checkpoint.json"
+    record = json.loads(checkpoint.read_text())
+    checkpoint.write_text(json.dumps({**record, "hash_state": record["hash_state"][:-2] + "00"}))
+
+    partial = Partial(tmp_path / "partial", image)
+    assert partial.open()
+    with pytest.raises(Undecodable, match="checkpoint"):
+        resume(partial, inspection(image))

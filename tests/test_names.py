@@ -1,0 +1,62 @@
+"""What is wrong with a name is said at the door, and no name meets another's file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import job
+from agent.directory import DirectorySource
+from agent.errors import ImageNotFound, InvalidJob
+from agent.manifest import base_name
+from tests.corpus import names
+
+IMAGE_ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
+
+
+def document(image_id: str = IMAGE_ID, **flavor: Any) -> dict[str, Any]:
+    return {
+        "instance": {"name": "web-1"},
+        "image": {"id": image_id},
+        "flavor": {"vcpus": 1, "ram": 64, "disk": 1, **flavor},
+    }
+
+
+def test_an_honest_job_is_accepted() -> None:
+    parsed = job.parse(document())
+    assert parsed.image is not None
+    assert parsed.image.id == IMAGE_ID
+
+
+@pytest.mark.parametrize("name", names.IMAGE_IDS)
+def test_a_hostile_image_id_is_refused_at_the_door(name: str, tmp_path: Path) -> None:
+    image_id = names.IMAGE_IDS[name]
+    with pytest.raises(InvalidJob, match=r"image\.id"):
+        job.parse(document(image_id))
+    source = DirectorySource(tmp_path / "images")
+    with pytest.raises(InvalidJob):
+        source.add([b"x"], disk_format="raw", name="x", image_id=image_id)
+    with pytest.raises(ImageNotFound):
+        source.get(image_id)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_one_image_has_one_name_however_it_is_spelled() -> None:
+    for spelling in (IMAGE_ID.upper(), IMAGE_ID.title(), IMAGE_ID):
+        parsed = job.parse(document(spelling))
+        assert parsed.image is not None
+        assert parsed.image.id == IMAGE_ID
+
+
+def test_no_image_gets_the_base_of_another() -> None:
+    bases = {base_name(image_id) for image_id in names.FOREIGN_IDS}
+    assert len(bases) == len(names.FOREIGN_IDS)
+    assert not bases & {base_name(IMAGE_ID), *names.FOREIGN_IDS}
+    assert all(len(base) == 40 and set(base) <= set("0123456789abcdef") for base in bases)
+
+
+@pytest.mark.parametrize("name", names.FLAVORS)
+def test_a_hostile_flavor_is_refused_at_the_door(name: str) -> None:
+    [field] = names.FLAVORS[name]
+    with pytest.raises(InvalidJob, match=rf"flavor\.{field}"):
+        job.parse(document(**names.FLAVORS[name]))

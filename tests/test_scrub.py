@@ -1,0 +1,217 @@
+"""Damaged bases: found, put away, fetched anew, and nobody given one."""
+
+import dataclasses
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from agent import manifest as manifests
+from agent.cancellation import Cancellation
+from agent.errors import ImageSourceUnavailable
+from agent.image import Image
+from agent.manifest import manifest_path
+from agent.scrub import Scrub
+from agent.views import Soundness, Verification
+from tests.cache_kit import MIB, CacheKit, Source, random_bytes
+
+
+@pytest.fixture
+def source() -> Source:
+    return Source()
+
+
+@pytest.fixture
+def kit(tmp_path: Path, source: Source) -> CacheKit:
+    return CacheKit(directory=tmp_path / "instances", source=source)
+
+
+def verify(kit: CacheKit, image: Image) -> Verification:
+    return kit.verifier.verify(image.id, Cancellation())
+
+
+def flip_a_bit(path: Path, offset: int = MIB // 2) -> None:
+    """In place, leaving size and times as they were."""
+    times = path.stat()
+    with path.open("r+b", buffering=0) as file:
+        byte = os.pread(file.fileno(), 1, offset)[0]
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), offset)
+        os.fsync(file.fileno())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def quarantined(kit: CacheKit) -> list[str]:
+    return sorted(path.name[:40] for path in (kit.store.directory / ".quarantine").iterdir())
+
+
+def test_a_sound_base_is_intact(kit: CacheKit, source: Source) -> None:
+    image = source.add(random_bytes(2))
+    base = kit.fetch(image)
+    found = verify(kit, image)
+    assert (found.soundness, found.digest) == (Soundness.INTACT, base.digest)
+    assert quarantined(kit) == []
+
+
+def test_a_flipped_bit_is_found_and_the_base_fetched_anew(kit: CacheKit, source: Source) -> None:
+    image = source.add(random_bytes(2))
+    base = kit.fetch(image)
+    flip_a_bit(base.path)
+
+    assert verify(kit, image).soundness is Soundness.DAMAGED
+    assert not base.path.exists()
+    assert quarantined(kit) == [base.name, base.name]  # the file and its manifest
+
+    assert kit.fetch(image).path.read_bytes() == source.data[image.id]
+    assert len(source.opened) == 2
+
+
+def test_instances_on_a_damaged_base_are_named_and_keep_a_file(
+    kit: CacheKit, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = source.add(random_bytes(2))
+    base = kit.fetch(image)
+    kit.add_instance(base, name="web-1")
+    flip_a_bit(base.path)
+    with base.path.open("rb") as guest:
+        found = verify(kit, image)
+        assert (found.soundness, found.instances) == (Soundness.DAMAGED, ("web-1",))
+        assert any(r.levelname == "ERROR" and "web-1" in r.message for r in caplog.records)
+        # Its overlay would not start without it; and nobody else is given it.
+        assert base.path.exists()
+        assert kit.store.entries() == []
+        damaged = base.path.read_bytes()
+
+        kit.fetch(image)
+
+        assert base.path.read_bytes() == source.data[image.id]
+        assert guest.read() == damaged
+
+
+def test_a_damaged_file_is_taken_from_all_images_that_share_it(
+    kit: CacheKit, source: Source
+) -> None:
+    data = random_bytes(1)
+    first, second = (source.add(data, image_id=name) for name in ("first", "second"))
+    base = kit.fetch(first)
+    kit.fetch(second)
+    flip_a_bit(base.path)
+
+    verify(kit, second)
+
+    assert kit.store.entries() == []
+
+
+def test_a_base_that_was_replaced_is_verified_before_it_is_used(
+    kit: CacheKit, source: Source
+) -> None:
+    image = source.add(random_bytes(2))
+    base = kit.fetch(image)
+    copy = base.path.with_suffix(".copy")
+    shutil.copyfile(base.path, copy)
+    copy.rename(base.path)
+    # As a restore from a good backup.
+    assert kit.fetch(image).origin == "cache"
+    assert len(source.opened) == 1
+
+    # And from a bad one.
+    shutil.copyfile(base.path, copy)
+    flip_a_bit(copy)
+    copy.rename(base.path)
+    again = kit.fetch(image)
+    assert again.origin == "memory"
+    assert again.path.read_bytes() == source.data[image.id]
+
+
+def test_bytes_nobody_has_hashed_are_hashed_and_remembered(kit: CacheKit, source: Source) -> None:
+    image = source.add(random_bytes(1))
+    base = kit.fetch(image)
+    path = manifest_path(base.path)
+    known = manifests.read(path)
+    assert known is not None
+    manifests.write(path, dataclasses.replace(known, content_digest=None))
+
+    assert verify(kit, image).soundness is Soundness.RECORDED
+    assert verify(kit, image).soundness is Soundness.INTACT
+    flip_a_bit(base.path)
+    assert verify(kit, image).soundness is Soundness.DAMAGED
+
+
+def test_what_was_converted_is_due_at_once(kit: CacheKit, source: Source) -> None:
+    base = kit.fetch(source.add(random_bytes(1)))
+    path = manifest_path(base.path)
+    known = manifests.read(path)
+    assert known is not None
+    manifests.write(path, dataclasses.replace(known, content_digest=None))
+
+    Scrub(kit.store, kit.verifier, interval_s=3600, repair=not_repaired).run_once(Cancellation())
+
+    (entry,) = kit.store.entries()
+    assert entry.manifest.content_digest == base.digest
+
+
+def not_repaired(image: Image, _: Cancellation) -> None:
+    raise AssertionError(f"{image.id} needs no repair")
+
+
+def test_the_scrub_verifies_what_is_due_and_repairs_what_instances_need(
+    kit: CacheKit, source: Source, tmp_path: Path
+) -> None:
+    pressed = tmp_path / "pressure"
+    pressed.write_text("some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n")
+    image = source.add(random_bytes(1), image_id="in-use")
+    unused = source.add(random_bytes(1), image_id="unused")
+    bases = [kit.fetch(image), kit.fetch(unused)]
+    kit.add_instance(bases[0])
+    for base in bases:
+        flip_a_bit(base.path)
+    repaired: list[str] = []
+
+    def repair(image: Image, _: Cancellation) -> None:
+        repaired.append(image.id)
+        kit.fetch(image)
+
+    def scrub(interval_s: float) -> None:
+        Scrub(
+            kit.store, kit.verifier, interval_s=interval_s, repair=repair, pressure=pressed
+        ).run_once(Cancellation())
+
+    scrub(3600)
+    assert len(kit.store.entries()) == 2  # none was due
+    scrub(0)
+    assert repaired == ["in-use"]
+    assert [entry.manifest.image.id for entry in kit.store.entries()] == ["in-use"]
+    assert bases[0].path.read_bytes() == source.data["in-use"]
+
+
+def test_the_scrub_goes_on_when_one_repair_fails(kit: CacheKit, source: Source) -> None:
+    for name in ("a", "b"):
+        base = kit.fetch(source.add(random_bytes(1), image_id=name))
+        kit.add_instance(base, name=f"on-{name}")
+        flip_a_bit(base.path)
+
+    def repair(_: Image, __: Cancellation) -> None:
+        raise ImageSourceUnavailable("the source is away")
+
+    Scrub(kit.store, kit.verifier, interval_s=0, repair=repair).run_once(Cancellation())
+    assert kit.store.entries() == []
+
+
+def test_the_scrub_gives_way_to_a_busy_disk_and_ends_when_told(
+    kit: CacheKit, source: Source, tmp_path: Path
+) -> None:
+    pressed = tmp_path / "pressure"
+    pressed.write_text("some avg10=80.00 avg60=0.00 avg300=0.00 total=0\n")
+    kit.fetch(source.add(random_bytes(1)))
+    before = kit.store.entries()[0].manifest.verified_at
+    scrub = Scrub(kit.store, kit.verifier, interval_s=0, repair=not_repaired, pressure=pressed)
+    begun = time.monotonic()
+    scrub.start()
+    while kit.store.entries()[0].manifest.verified_at == before:
+        assert time.monotonic() - begun < 10
+        time.sleep(0.05)
+    assert time.monotonic() - begun > 0.9  # a pause, and then on
+    scrub.stop(5)
+    assert not any(thread.name == "scrub" for thread in threading.enumerate())

@@ -1,0 +1,280 @@
+"""The worker over a real journal: what it runs, how jobs end, what a restart goes on with."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from agent.cancellation import Cancellation
+from agent.errors import AgentStopping, BackendError, BootwrightError, Cancelled, NotFound
+from agent.job import JobRequest, parse
+from agent.journal import Journal, digest_of
+from agent.recorder import Recorder
+from agent.report import JobReport, Status, TaskState
+from agent.worker import Worker
+
+UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
+LIMIT_S = 20.0
+
+T = TypeVar("T")
+
+
+class Work:
+    """An `execute` that waits at its gate and then does what the job's name says."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.lock = threading.Lock()
+        self.begun: list[str] = []
+        self.interrupted: list[BootwrightError] = []
+        self.at_once = 0
+        self.most_at_once = 0
+
+    def __call__(self, request: JobRequest, recorder: Recorder, cancellation: Cancellation) -> None:
+        assert request.instance is not None
+        with self.lock:
+            self.begun.append(recorder.report.id)
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            recorder.phase(TaskState.SPAWNING)
+            cancellation.check()
+            while not self.gate.is_set():
+                cancellation.wait(0.01)
+            match request.instance.name:
+                case "refused":
+                    raise BackendError("no such disk", "make one")
+                case "defect":
+                    raise ZeroDivisionError
+                case _:
+                    recorder.finish(Status.ACTIVE, "the domain is running")
+        except BootwrightError as e:
+            self.interrupted.append(e)
+            raise
+        finally:
+            with self.lock:
+                self.at_once -= 1
+
+
+class Host:
+    """A journal and, one after the other, the workers of an agent that is restarted."""
+
+    def __init__(self, path: Path) -> None:
+        self.journal = Journal(path)
+        self.work = Work()
+        self.worker = Worker(self.journal, self.work, concurrency=2)
+
+    def accept(self, job_id: str, name: str = "web-1", **fields: object) -> None:
+        request = parse(
+            {
+                "instance": {"name": name, "uuid": UUID},
+                "image": {"id": "img-1"},
+                "flavor": {"vcpus": 1, "ram": 512, "disk": 1},
+                **fields,
+            }
+        )
+        now = time.time()
+        report = JobReport(
+            id=job_id,
+            action=request.action,
+            status=Status.QUEUED,
+            request_id="req-1",
+            created_at=now,
+            updated_at=now,
+        )
+        self.journal.accept(request, report, body_digest=digest_of(request))
+        self.worker.enqueue(job_id)
+
+    def restart(self) -> None:
+        """Stop, and have another worker for what is unfinished; it does not run yet."""
+        assert self.worker.drain(LIMIT_S)
+        self.work = Work()
+        self.worker = Worker(self.journal, self.work, concurrency=2)
+        for job in self.journal.unfinished():
+            self.worker.enqueue(job.report.id)
+
+    def interrupt(self, job_id: str, name: str = "web-1") -> None:
+        """Have a job begin and the agent stop."""
+        self.accept(job_id, name)
+        self.worker.start()
+        self.until_begun(job_id)
+        self.restart()
+        assert self.journal.get(job_id).report.status is Status.BUILD
+
+    def until_begun(self, job_id: str) -> None:
+        until(lambda: job_id in self.work.begun)
+
+    def final(self, job_id: str) -> JobReport:
+        return until(
+            lambda: report if (report := self.journal.get(job_id).report).status.final else None
+        )
+
+
+def until(condition: Callable[[], T | None]) -> T:
+    ends = time.monotonic() + LIMIT_S
+    while not (said := condition()):
+        assert time.monotonic() < ends
+        time.sleep(0.005)
+    return said
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    host = Host(tmp_path / "journal.db")
+    yield host
+    assert host.worker.drain(LIMIT_S)
+    host.journal.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "code"),
+    [
+        ("web-1", Status.ACTIVE, None),
+        ("refused", Status.ERROR, "BackendError"),
+        ("defect", Status.ERROR, "InternalError"),
+    ],
+)
+def test_job_ends_as_it_deserves(host: Host, name: str, status: Status, code: str | None) -> None:
+    host.work.gate.set()
+    host.worker.start()
+    host.accept("job-1", name)
+    report = host.final("job-1")
+    assert (report.status, report.error and report.error.code) == (status, code)
+    assert host.worker.alive()
+
+
+def test_no_more_jobs_run_at_once_than_allowed(host: Host) -> None:
+    host.worker.start()
+    for number in range(6):
+        host.accept(f"job-{number}")
+    until(lambda: host.work.at_once == 2)
+    assert len(host.worker.running()) == 2
+    host.work.gate.set()
+    assert [host.final(f"job-{number}").status for number in range(6)] == [Status.ACTIVE] * 6
+    assert host.work.most_at_once == 2
+
+
+def test_running_job_shows_what_the_journal_does_not_know_yet(host: Host) -> None:
+    host.worker.start()
+    host.accept("job-1")
+    host.until_begun("job-1")
+    queued = host.journal.get("job-1").report.model_copy(update={"status": Status.QUEUED})
+    until(lambda: host.worker.live(queued).task_state is TaskState.SPAWNING)
+    host.work.gate.set()
+    ended = host.final("job-1")
+    until(lambda: not host.worker.running())
+    assert host.worker.live(ended) == ended
+
+
+def test_cancelled_job_is_told_and_ends(host: Host) -> None:
+    host.worker.start()
+    host.accept("job-1")
+    host.until_begun("job-1")
+    host.worker.cancel("job-1", "cancelled on request")
+    report = host.final("job-1")
+    assert report.status is Status.CANCELLED
+    assert report.error is not None
+    assert (report.error.code, report.error.message) == ("Cancelled", "cancelled on request")
+
+
+def test_job_cancelled_before_its_turn_never_begins(host: Host) -> None:
+    host.accept("job-1")
+    host.worker.cancel("job-1", "cancelled on request")
+    assert host.journal.get("job-1").report.status is Status.CANCELLED
+    host.work.gate.set()
+    host.worker.start()
+    host.accept("job-2")
+    host.final("job-2")
+    assert host.work.begun == ["job-2"]
+
+
+def test_cancel_of_what_has_ended_or_never_was(host: Host) -> None:
+    host.work.gate.set()
+    host.worker.start()
+    host.accept("job-1")
+    ended = host.final("job-1")
+    until(lambda: not host.worker.running())
+    host.worker.cancel("job-1", "too late")
+    assert host.journal.get("job-1").report == ended
+    with pytest.raises(NotFound):
+        host.worker.cancel("job-9", "cancelled on request")
+
+
+def test_deadline_ends_a_job_and_counts_from_its_acceptance(host: Host) -> None:
+    host.accept("job-1", deadline_s=0.05)
+    until(lambda: time.time() > host.journal.get("job-1").report.created_at + 0.1)
+    host.worker.start()
+    report = host.final("job-1")
+    assert report.error is not None
+    assert report.error.code == "DeadlineExceeded"
+    # It has been asked all the same: an earlier run may have made what is to be undone.
+    assert host.work.begun == ["job-1"]
+
+
+def test_stop_leaves_a_running_job_unfinished_and_a_restart_goes_on(host: Host) -> None:
+    host.accept("job-1")
+    host.worker.start()
+    host.until_begun("job-1")
+    stopped = host.work
+
+    host.restart()
+
+    assert [type(error) for error in stopped.interrupted] == [AgentStopping]
+    assert host.journal.get("job-1").report.status is Status.BUILD
+    host.work.gate.set()
+    host.worker.start()
+    assert host.final("job-1").status is Status.ACTIVE
+    assert host.work.begun == ["job-1"]
+
+
+def test_stopped_worker_begins_nothing_more(host: Host) -> None:
+    host.worker.start()
+    assert host.worker.drain(LIMIT_S)
+    host.accept("job-1")
+    assert host.journal.get("job-1").report.status is Status.QUEUED
+    assert host.work.begun == []
+    assert not host.worker.alive()
+
+
+def test_job_interrupted_by_a_restart_is_undone_by_the_cancel_that_finds_it_waiting(
+    host: Host,
+) -> None:
+    host.interrupt("job-1")
+    host.worker.cancel("job-1", "cancelled on request")
+    assert not host.journal.get("job-1").report.status.final
+
+    host.worker.start()
+
+    assert host.final("job-1").status is Status.CANCELLED
+    # It ran, cancelled from the start, so that it could undo what it had made.
+    assert host.work.begun == ["job-1"]
+    assert [type(error) for error in host.work.interrupted] == [Cancelled]
+
+
+def test_delete_settles_the_job_that_runs(host: Host) -> None:
+    host.worker.start()
+    host.accept("job-1")
+    host.until_begun("job-1")
+    host.worker.settle(UUID, "job-2", Cancellation(LIMIT_S))
+    assert host.journal.get("job-1").report.status is Status.CANCELLED
+    assert not host.worker.running()
+
+
+def test_delete_ends_for_good_a_job_that_a_restart_would_go_on_with(host: Host) -> None:
+    host.interrupt("job-1")
+    host.worker.settle(UUID, "job-2", Cancellation(LIMIT_S))
+    report = host.journal.get("job-1").report
+    assert report.status is Status.CANCELLED
+    assert report.error is not None
+    assert "job-2" in report.error.message
+    assert host.journal.unfinished() == []
+
+
+def test_delete_leaves_the_jobs_of_other_instances_alone(host: Host) -> None:
+    host.accept("job-1")
+    other = "11111111-2222-4333-8444-555555555555"
+    host.worker.settle(other, "job-2", Cancellation(LIMIT_S))
+    assert host.journal.get("job-1").report.status is Status.QUEUED
