@@ -22,8 +22,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from agent import logs, metrics, transfer, twin
 from agent import manifest as manifests
-from agent import metrics, transfer, twin
 from agent.base import Base, check_fits
 from agent.cancellation import Cancellation
 from agent.errors import (
@@ -192,6 +192,7 @@ class ImageCache:
         outcome: Base | BootwrightError
         try:
             with (
+                logs.bind(image_id=image.id),
                 held(self._store.lock_of(name), flight.cancellation),
                 held(self._store.lock_of(twin.lock_name(image)), flight.cancellation),
                 self._slot(flight),

@@ -148,7 +148,7 @@ _IMAGE_CACHE: Final[list[cfg.Opt]] = [
     ),
     cfg.IntOpt(
         "reserved_free_space",
-        default=256,
+        default=0,
         min=0,
         max=1 << 30,
         help="MiB of the filesystem that fetches leave free. An image that would not fit beside "

@@ -134,12 +134,12 @@ class Sample:
         assert report.domain.state == "running"
         uuid = report.instance.uuid
         assert libvirtd.domains() == {uuid: "running"}
-        assert {path.name for path in agent.instances.iterdir()} == {uuid, "_base", "locks"}
+        assert {path.name for path in agent.instances.iterdir()} == {uuid, "_base"}
         directory = agent.instances / uuid
         assert {path.name for path in directory.iterdir()} == FILES
         bases = {agent.base(image).name for image in self.images}
         assert {path.name for path in agent.bases.iterdir()} == {
-            ".partial",
+            *(".hosts", ".locks", ".partial", ".pins", ".quarantine"),
             *bases,
             *(f"{name}.json" for name in bases),
         }
@@ -178,20 +178,20 @@ def big(work: Path, glance: Glance, images: Images) -> Sample:
 
 @pytest.fixture(scope="module")
 def laborious(work: Path, glance: Glance, images: Images, guest: Guest) -> Sample:
-    """A qcow2 that takes qemu-img a second: thousands of tiny compressed clusters."""
-    raw, qcow2 = work / "laborious.raw", work / "laborious.qcow2"
+    """An image of a format that only qemu-img can read."""
+    raw, vmdk = work / "laborious.raw", work / "laborious.vmdk"
     shutil.copyfile(guest.root, raw)
     with raw.open("ab") as file:
         file.write(b"x" * MIB)
-    options = ("-c", "-o", "cluster_size=512")
+    options = ("-o", "subformat=streamOptimized")
     subprocess.run(
-        ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, raw, qcow2], check=True
+        ["qemu-img", "convert", "-f", "raw", "-O", "vmdk", *options, raw, vmdk], check=True
     )
     properties = boot_files(images.kernel, images.ramdisk)
-    image_id = glance.upload(qcow2, disk_format="qcow2", properties=properties)
-    size = qcow2.stat().st_size
+    image_id = glance.upload(vmdk, disk_format="vmdk", properties=properties)
+    size = vmdk.stat().st_size
     raw.unlink()
-    qcow2.unlink()
+    vmdk.unlink()
     return Sample(
         image_id=image_id,
         contents=guest.content_sha256,
@@ -290,7 +290,7 @@ def test_killed_with_its_overlay_made_and_no_domain(
     make_agent: MakeAgent, small: Sample, libvirtd: PrivateLibvirtd
 ) -> None:
     agent = make_agent()
-    lock = agent.instances / "locks" / agent.base(small.image_id).name
+    lock = agent.bases / ".locks" / agent.base(small.image_id).name
     with ExitStack() as frozen:
         with held(lock, agent.instances):
             report = submit(agent, job(small.image_id))
@@ -402,5 +402,5 @@ def test_killed_delete_leaves_nothing_in_the_end(
 
     assert final(agent, report.id).status is Status.DONE
     assert libvirtd.domains() == {}
-    assert {path.name for path in agent.instances.iterdir()} == {"_base", "locks"}
+    assert {path.name for path in agent.instances.iterdir()} == {"_base"}
     assert agent.base(small.image_id).is_file()

@@ -91,16 +91,26 @@ def finish(intake: DecodedIntake, look: Inspection, image: Image, disk: Path, qc
     assert subprocess.run(["cmp", path, disk], check=False).returncode == 0
 
 
+def left_by_a_killed_one(directory: Path, image: Image, qcow2: Path, reached: int) -> Partial:
+    """Return the partial of a process that was killed when it had taken so many bytes."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            take(begin(Partial(directory, image), image, qcow2), qcow2, reached)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    return Partial(directory, image)
+
+
 @pytest.mark.parametrize("reached", [MIB // 2 * 3, 70 * MIB, 131 * MIB, 190 * MIB + 12345])
 def test_an_agent_that_dies_has_to_ask_for_nothing_again(
     tmp_path: Path, image: Image, disk: Path, qcow2: Path, reached: int
 ) -> None:
-    partial = Partial(tmp_path / "partial", image)
-    dying = begin(partial, image, qcow2)
-    take(dying, qcow2, reached)
-    dying.close()
+    partial = left_by_a_killed_one(tmp_path / "partial", image, qcow2, reached)
 
-    partial = Partial(tmp_path / "partial", image)
     assert partial.open()
     assert decoded.begun(partial)
     look = inspection(image)
@@ -113,10 +123,26 @@ def test_an_agent_that_dies_has_to_ask_for_nothing_again(
 def test_a_host_that_crashes_goes_on_at_most_64_mib_back(
     tmp_path: Path, image: Image, disk: Path, qcow2: Path
 ) -> None:
+    partial = left_by_a_killed_one(tmp_path / "partial", image, qcow2, 190 * MIB)
+    state = partial.directory / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "boot_id": "another"}))
+
+    assert partial.open()
+    look = inspection(image)
+    intake = resume(partial, look)
+
+    assert 190 * MIB - intake.kept <= 65 * MIB
+    assert not list(partial.directory.glob("tail-*"))
+    finish(intake, look, image, disk, qcow2)
+
+
+def test_after_a_stop_nothing_is_lost_to_a_reboot(
+    tmp_path: Path, image: Image, disk: Path, qcow2: Path
+) -> None:
     partial = Partial(tmp_path / "partial", image)
-    dying = begin(partial, image, qcow2)
-    take(dying, qcow2, 190 * MIB)
-    dying.close()
+    stopped = begin(partial, image, qcow2)
+    take(stopped, qcow2, 100 * MIB)
+    stopped.close()
     state = partial.directory / "state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "boot_id": "another"}))
 
@@ -125,8 +151,7 @@ def test_a_host_that_crashes_goes_on_at_most_64_mib_back(
     look = inspection(image)
     intake = resume(partial, look)
 
-    assert 190 * MIB - intake.kept <= 65 * MIB
-    assert not list(partial.directory.glob("tail-*"))
+    assert intake.kept == 100 * MIB
     finish(intake, look, image, disk, qcow2)
 
 

@@ -41,7 +41,10 @@ class Intake(Protocol):
         """
 
     def close(self) -> None:
-        """Close the files; what is in them stays. May be called again."""
+        """Close the files; what is in them stays, a reboot of the host included.
+
+        May be called again.
+        """
 
 
 class Undecodable(Exception):

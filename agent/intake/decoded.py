@@ -13,6 +13,7 @@ Of a hash whose state cannot be written down there are no checkpoints, so that
 the tails hold the whole image.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from agent import resumable_hash
 from agent.cancellation import Cancellation
+from agent.errors import BootwrightError
 from agent.files import reporting_no_space, write_durably
 from agent.image import Image
 from agent.inspection import Inspection, Verdict, refuse_nested
@@ -85,6 +87,7 @@ class DecodedIntake:
         self._hasher = Hasher(hash_)
         self._tails = Tails(partial.directory)
         self._marker: Marker[_Mark] = Marker(self._settle, decoder.offset)
+        self._complete = False
 
     @classmethod
     def begin(cls, partial: Partial, *, algorithm: str, head: bytes) -> Self:
@@ -200,6 +203,7 @@ class DecodedIntake:
             self._decoder.finish()
         except ValueError as e:
             raise Undecodable(str(e)) from e
+        self._complete = True
         return self._hasher.hexdigest()
 
     def disk(self, verdict: Verdict) -> Path:
@@ -210,6 +214,12 @@ class DecodedIntake:
 
     def close(self) -> None:
         self._marker.close()
+        if not self._complete:
+            self._complete = True
+            # Whoever stops the agent may be about to reboot the host.
+            with contextlib.suppress(OSError, BootwrightError, Undecodable):
+                if isinstance(self._hash, Sha512):
+                    self._settle(self._mark(self._hash.state))
         self._hasher.close()
         self._decoder.close()
         self._tails.cut()

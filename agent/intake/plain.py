@@ -6,12 +6,14 @@
 An earlier run's `data` is read once, to bring hash and inspection up to it.
 """
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 from typing import Protocol
 
 from agent.cancellation import Cancellation
+from agent.errors import BootwrightError
 from agent.files import SparseWriter
 from agent.inspection import Inspection, Verdict, refuse_nested
 from agent.intake.hasher import Hasher
@@ -67,6 +69,7 @@ class PlainIntake:
         partial.mark(min(self.kept, partial.durable))
         self._hasher = Hasher(hashlib.new(algorithm))
         self._marker = Marker(self._settle, self.kept)
+        self._complete = False
         try:
             self._replay()
         except BaseException:
@@ -97,6 +100,7 @@ class PlainIntake:
     def digest(self) -> str:
         self._marker.close()
         self._writer.flush()
+        self._complete = True
         return self._hasher.hexdigest()
 
     def disk(self, verdict: Verdict) -> Path:
@@ -116,5 +120,10 @@ class PlainIntake:
 
     def close(self) -> None:
         self._marker.close()
+        if not self._complete:
+            self._complete = True
+            # Whoever stops the agent may be about to reboot the host.
+            with contextlib.suppress(OSError, BootwrightError):
+                self._settle(self._writer.size)
         self._hasher.close()
         self._writer.close()
