@@ -46,13 +46,15 @@ class Flight:
         self._advance: Advance | None = None
         self._samples: deque[tuple[float, int]] = deque(maxlen=int(RATE_WINDOW_S / TICK_S))
         self._outcome: Base | BootwrightError | None = None
+        # Nobody's disk is large enough: it ends, however many come now.
+        self._too_large = False
 
     # Those who wait
 
     def board(self, max_virtual_size: int | None) -> Seat | None:
         """Take a seat; None if the flight is being given up and another one is needed."""
         with self._changed:
-            if self.cancellation.cancelled:
+            if self.cancellation.cancelled or self._too_large:
                 return None
             seat = Seat(max_virtual_size, first=self._boarded == 0)
             self._boarded += 1
@@ -159,6 +161,7 @@ class Flight:
             limits = [seat.max_virtual_size for seat in self._seats]
             largest = math.inf if None in limits else max(filter(None, limits), default=math.inf)
             if virtual_size > largest:
+                self._too_large = True
                 # They hear of it when the flight has landed and its partial is gone.
                 check_fits(self.image, virtual_size, int(largest))
             for seat in self._seats:

@@ -23,8 +23,10 @@ from pathlib import Path
 
 from agent.cancellation import Cancellation
 from agent.errors import (
+    AgentStopping,
     BackendError,
     BootwrightError,
+    Cancelled,
     ImageCorrupt,
     ImageSourceUnavailable,
     ImageUnacceptable,
@@ -129,7 +131,7 @@ class Ingest:
         try:
             return self._twice_if_damaged()
         except BootwrightError as e:
-            passing = self._cancellation.cancelled or isinstance(e, ImageSourceUnavailable)
+            passing = isinstance(e, ImageSourceUnavailable | AgentStopping | Cancelled)
             if not (passing and self._worth_keeping()):
                 self._partial.discard()
             raise
@@ -161,31 +163,33 @@ class Ingest:
             container_format=self._image.container_format,
             size=self._image.size,
         )
-        with contextlib.ExitStack() as stack:
-            try:
-                intake = self._pass(inspection, stack)
-                self._advance(TaskState.IMAGE_VERIFYING, intake.offset)
-                digest = intake.digest()
-            except OSError as e:
-                raise self._translate(e) from e
-            self._verify(digest, intake.kept)
-            verdict = inspection.finish()
-            # Of a very small image, and of a fixed VHD, the size is known only now.
-            self._on_header(verdict.virtual_size)
-            path = intake.disk(verdict)
-            as_sent = path == self._partial.data
-            return Ingested(
-                path=path,
-                # What a header says is a promise, and with some formats only a
-                # bound; the disk is what came of it.
-                virtual_size=path.stat().st_size,
-                source_format=verdict.format,
-                source_size=intake.offset,
-                digest=f"{self._algorithm}:{digest}",
-                content_digest=f"{self._algorithm}:{digest}" if as_sent else None,
-                received=self._received,
-                resumed=intake.kept,
-            )
+        try:
+            with contextlib.ExitStack() as stack:
+                return self._ingested(inspection, self._pass(inspection, stack))
+        except OSError as e:
+            raise self._translate(e) from e
+
+    def _ingested(self, inspection: Inspection, intake: Intake) -> Ingested:
+        self._advance(TaskState.IMAGE_VERIFYING, intake.offset)
+        digest = intake.digest()
+        self._verify(digest, intake.kept)
+        verdict = inspection.finish()
+        # Of a very small image, and of a fixed VHD, the size is known only now.
+        self._on_header(verdict.virtual_size)
+        path = intake.disk(verdict)
+        as_sent = path == self._partial.data
+        return Ingested(
+            path=path,
+            # What a header says is a promise, and with some formats only a
+            # bound; the disk is what came of it.
+            virtual_size=path.stat().st_size,
+            source_format=verdict.format,
+            source_size=intake.offset,
+            digest=f"{self._algorithm}:{digest}",
+            content_digest=f"{self._algorithm}:{digest}" if as_sent else None,
+            received=self._received,
+            resumed=intake.kept,
+        )
 
     def _pass(self, inspection: Inspection, stack: contextlib.ExitStack) -> Intake:
         """Let every byte of the image pass once."""

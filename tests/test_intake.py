@@ -1,9 +1,12 @@
 """Images decoded as they arrive, interrupted anywhere, gone on with."""
 
+import errno
 import hashlib
 import json
 import os
+import resource
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from agent.image import Image
 from agent.inspection import HEAD, Inspection
 from agent.intake import Undecodable, decoded
 from agent.intake.decoded import DecodedIntake
+from agent.intake.marker import MARK_EVERY, Marker
 from agent.partial import Partial
 
 MIB = 1 << 20
@@ -179,3 +183,37 @@ def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path: Path, image: Image, qc
     assert partial.open()
     with pytest.raises(Undecodable, match="checkpoint"):
         resume(partial, inspection(image))
+
+
+def test_a_decoder_that_failed_is_no_checkpoint(tmp_path: Path, image: Image, qcow2: Path) -> None:
+    """Its hash has the bytes that its disk has not, and would match in the end."""
+    partial = Partial(tmp_path / "partial", image)
+    failing = begin(partial, image, qcow2)
+    take(failing, qcow2, 10 * MIB)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The next write to `raw` fails as on a disk that is full.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            take(failing, qcow2, 20 * MIB)
+        failing.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert not (partial.directory / "checkpoint.json").exists()
+
+
+def test_a_sync_that_failed_is_not_forgotten() -> None:
+    called = threading.Event()
+
+    def fail(_mark: int) -> None:
+        called.set()
+        raise OSError(errno.EIO, "lost")
+
+    marker = Marker(fail, 0)
+    marker.reached(MARK_EVERY, lambda: 1)
+    assert called.wait(10)
+    marker.close()
+
+    with pytest.raises(OSError, match="lost"):
+        marker.check()

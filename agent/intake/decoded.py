@@ -86,8 +86,13 @@ class DecodedIntake:
         self._hash = hash_
         self._hasher = Hasher(hash_)
         self._tails = Tails(partial.directory)
+        # Opened before anything is written: a descriptor that is opened after a
+        # write was lost does not hear of it.
+        self._synced = [
+            os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (partial.raw, _spill(partial))
+        ]
+        self._worth_marking = False
         self._marker: Marker[_Mark] = Marker(self._settle, decoder.offset)
-        self._complete = False
 
     @classmethod
     def begin(cls, partial: Partial, *, algorithm: str, head: bytes) -> Self:
@@ -152,6 +157,7 @@ class DecodedIntake:
         return self._decoder.offset
 
     def take(self, chunk: bytes) -> None:
+        self._worth_marking = False
         begin = self.offset
         self._pass(chunk)
         with reporting_no_space(self._partial.raw, len(chunk), "writing beside"):
@@ -159,6 +165,7 @@ class DecodedIntake:
         if isinstance(self._hash, Sha512):
             state = self._hash.state
             self._marker.reached(self.offset, lambda: self._mark(state))
+        self._worth_marking = True
 
     def _pass(self, chunk: bytes) -> None:
         self._hasher.update(chunk)
@@ -183,12 +190,8 @@ class DecodedIntake:
 
     def _settle(self, mark: _Mark) -> None:
         """Make a mark a checkpoint; in the marker's thread."""
-        for path in (self._partial.raw, _spill(self._partial)):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
+        for fd in self._synced:
+            os.fdatasync(fd)
         checkpoint = _Checkpoint(
             offset=mark.offset,
             hash_state=mark.hash_state.result().hex(),
@@ -198,12 +201,13 @@ class DecodedIntake:
         self._tails.forget(mark.offset)
 
     def digest(self) -> str:
+        self._worth_marking = False
         self._marker.close()
+        self._marker.check()
         try:
             self._decoder.finish()
         except ValueError as e:
             raise Undecodable(str(e)) from e
-        self._complete = True
         return self._hasher.hexdigest()
 
     def disk(self, verdict: Verdict) -> Path:
@@ -214,15 +218,17 @@ class DecodedIntake:
 
     def close(self) -> None:
         self._marker.close()
-        if not self._complete:
-            self._complete = True
+        if self._worth_marking and isinstance(self._hash, Sha512):
+            self._worth_marking = False
             # Whoever stops the agent may be about to reboot the host.
             with contextlib.suppress(OSError, BootwrightError, Undecodable):
-                if isinstance(self._hash, Sha512):
-                    self._settle(self._mark(self._hash.state))
+                self._marker.check()
+                self._settle(self._mark(self._hash.state))
         self._hasher.close()
         self._decoder.close()
         self._tails.cut()
+        while self._synced:
+            os.close(self._synced.pop())
 
 
 def _begin(partial: Partial, head: bytes) -> Decoder:

@@ -39,9 +39,8 @@ class Marker(Generic[Mark]):
         """
         if offset - self._marked < MARK_EVERY:
             return
+        self.check()
         with self._condition:
-            if self._error is not None:
-                raise self._error
             if self._pending is not None:
                 return  # the disk is behind; the next one covers this too
         made = mark()
@@ -49,6 +48,15 @@ class Marker(Generic[Mark]):
             self._pending = made
             self._marked = offset
             self._condition.notify()
+
+    def check(self) -> None:
+        """Raises: OSError: a sync has failed; what was written may be lost.
+
+        The kernel tells of a lost write once: a later sync that succeeds means nothing.
+        """
+        with self._condition:
+            if self._error is not None:
+                raise self._error
 
     def _run(self) -> None:
         while True:

@@ -8,7 +8,6 @@ An earlier run's `data` is read once, to bring hash and inspection up to it.
 
 import contextlib
 import hashlib
-import os
 from pathlib import Path
 from typing import Protocol
 
@@ -69,7 +68,7 @@ class PlainIntake:
         partial.mark(min(self.kept, partial.durable))
         self._hasher = Hasher(hashlib.new(algorithm))
         self._marker = Marker(self._settle, self.kept)
-        self._complete = False
+        self._worth_marking = False
         try:
             self._replay()
         except BaseException:
@@ -88,19 +87,23 @@ class PlainIntake:
         return self._writer.size
 
     def take(self, chunk: bytes) -> None:
+        self._worth_marking = False
         self._hasher.update(chunk)
         self._writer.write(chunk)
         self._marker.reached(self._writer.size, lambda: self._writer.size)
+        self._worth_marking = True
 
     def _settle(self, offset: int) -> None:
-        with self._partial.data.open("rb") as file:
-            os.fdatasync(file.fileno())
+        # Through the descriptor that was written to: another one, opened after
+        # a write was lost, would not hear of it.
+        self._writer.flush()
         self._partial.mark(offset)
 
     def digest(self) -> str:
+        self._worth_marking = False
         self._marker.close()
+        self._marker.check()
         self._writer.flush()
-        self._complete = True
         return self._hasher.hexdigest()
 
     def disk(self, verdict: Verdict) -> Path:
@@ -120,10 +123,11 @@ class PlainIntake:
 
     def close(self) -> None:
         self._marker.close()
-        if not self._complete:
-            self._complete = True
+        if self._worth_marking:
+            self._worth_marking = False
             # Whoever stops the agent may be about to reboot the host.
             with contextlib.suppress(OSError, BootwrightError):
+                self._marker.check()
                 self._settle(self._writer.size)
         self._hasher.close()
         self._writer.close()
