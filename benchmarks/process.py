@@ -16,7 +16,7 @@ class Sample:
     wall_s: float
     cpu_s: float
     written: int
-    """Bytes sent towards the disk, write_bytes of proc(5)."""
+    """Bytes sent towards the disk, proc(5)."""
     rss: int
     """Bytes, the largest process's peak."""
 
@@ -69,7 +69,9 @@ def _accounts(pid: int) -> _Accounts:
     stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     io = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
     ticks = sum(int(field) for field in stat[11:15])
-    return _Accounts(cpu_s=ticks / os.sysconf("SC_CLK_TCK"), written=int(io["write_bytes"]))
+    # What was removed before it got to the disk was never written.
+    written = int(io["write_bytes"]) - int(io["cancelled_write_bytes"])
+    return _Accounts(cpu_s=ticks / os.sysconf("SC_CLK_TCK"), written=written)
 
 
 def alternate(ways: dict[str, Callable[[], Sample]], rounds: int) -> dict[str, Sample]:

@@ -6,7 +6,7 @@
     checkpoint.json    offset, state of the hash, state of the decoder
     tail-<offset>      see `agent.intake.tails`
 
-A checkpoint is made every 64 MiB and survives a crash of the host; with the
+A checkpoint is made every 16 MiB and survives a crash of the host; with the
 tails a crash of the agent costs nothing at all. A checkpoint is as good as the
 hash of the whole: if that does not match, the image is fetched from its start.
 Of a hash whose state cannot be written down there are no checkpoints, so that

@@ -11,8 +11,10 @@ from typing import Generic, TypeVar
 from agent.errors import BootwrightError
 
 # How much a crash of the whole host may cost: what lies beyond the last mark
-# may be in the page cache only. A killed agent loses nothing of it.
-MARK_EVERY = 64 << 20
+# may be in the page cache only. A killed agent loses nothing of it. Syncing
+# this often also spreads the writing over the fetch: an image of 512 MiB is
+# whole 8 % sooner than with marks every 64 MiB (benchmarks.cold).
+MARK_EVERY = 16 << 20
 
 Mark = TypeVar("Mark")
 
