@@ -23,7 +23,7 @@ from pydantic.json_schema import models_json_schema
 from agent import api_errors
 from agent.api_errors import BodyTooLarge
 from agent.errors import InvalidJob
-from agent.job import HostName, ImageId, JobRequest
+from agent.job import HostName, ImageId, JobRequest, Uuid
 from agent.report import JobReport, Status
 from agent.views import (
     AgentStatus,
@@ -42,6 +42,9 @@ R = TypeVar("R")
 
 LARGEST_JOB: Final = 4 << 20
 """Bytes of a job's JSON: domain_xml may have 1 MiB, and JSON may double it and more."""
+
+_LARGEST_NUMBER: Final = 2**63 - 1
+"""The most that SQLite and the kernel can count to."""
 
 _SLICE_S: Final = 2.0
 """The longest a thread waits in the service on behalf of one request.
@@ -149,7 +152,7 @@ class Checks(BaseModel):
 
 JobId = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 ImagePath = Annotated[ImageId, Path()]
-InstancePath = Annotated[HostName, Path()]  # any UUID is a possible host name too
+InstancePath = Annotated[Uuid | HostName, Path()]
 
 
 class _Waiters:
@@ -205,6 +208,8 @@ def _empty_app(schema_url: str | None = "/v1/openapi.json") -> FastAPI:
         openapi_url=schema_url,
         docs_url=None,
         redoc_url=None,
+        # With a default, FastAPI does not promise its own 422 any more.
+        responses={"default": {"model": api_errors.Answer, "description": "Error"}},
     )
     app.openapi = functools.partial(_openapi, app)  # type: ignore[method-assign]
     api_errors.install(app)
@@ -266,11 +271,11 @@ def _add_events(app: FastAPI, service: Service, waiters: _Waiters) -> None:
     @app.get("/v1/events", response_class=StreamingResponse)
     async def events(
         request: Request,
-        since: Annotated[int, Query(ge=0)] = 0,
+        since: Annotated[int, Query(ge=0, le=_LARGEST_NUMBER)] = 0,
         job: str | None = None,
         *,
         follow: bool = True,
-        last_event_id: Annotated[int | None, Header(ge=0)] = None,
+        last_event_id: Annotated[int | None, Header(ge=0, le=_LARGEST_NUMBER)] = None,
     ) -> StreamingResponse:
         if job is not None:
             await anyio.to_thread.run_sync(service.job, job)  # or there is no such job
@@ -361,7 +366,10 @@ def _add_instances(app: FastAPI, service: Service) -> None:
         return service.delete_instance(name_or_uuid, request_id=request.state.request_id)
 
     @app.get("/v1/instances/{name_or_uuid}/console", response_class=Response)
-    def console(name_or_uuid: InstancePath, offset: Annotated[int, Query(ge=0)] = 0) -> Response:
+    def console(
+        name_or_uuid: InstancePath,
+        offset: Annotated[int, Query(ge=0, le=_LARGEST_NUMBER)] = 0,
+    ) -> Response:
         return Response(service.console(name_or_uuid, offset), media_type="text/plain")
 
 

@@ -12,6 +12,7 @@ from typing import Final
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -41,6 +42,12 @@ _REQUEST_ID: Final = re.compile(r"req-[A-Za-z0-9._-]{1,100}")
 
 _RETRY_AFTER_S: Final = 5
 """How soon an agent that is being restarted is worth asking again."""
+
+
+class Answer(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorReport
 
 
 class BodyTooLarge(InvalidJob):

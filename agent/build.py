@@ -101,6 +101,9 @@ class Build:
         self._job_id = recorder.report.id
         self._uuid = str(self._instance.uuid)
         self._name = str(self._instance.name)
+        # Whether libvirt may know the instance by now, from this run or an
+        # earlier one, which has got no further than its record if at all.
+        self._may_have_domain = self._defines and host.instances.get(self._uuid) is not None
 
     def run(self) -> None:
         """Build the instance and record the result.
@@ -121,7 +124,7 @@ class Build:
                 raise
             except Exception:
                 if self._request.on_failure is OnFailure.CLEANUP:
-                    undo(self._host, self._uuid, self._job_id)
+                    self._undo()
                 raise
         finally:
             self._host.image_cache.unpin(self._job_id)
@@ -369,9 +372,8 @@ class Build:
             self._recorder.finish(Status.DONE, "the disks are ready")
             return
         self._recorder.phase(TaskState.SPAWNING)
-        # It belongs to us, so that we can read what the guest writes: whoever
-        # opens it later, root's virtlogd or QEMU itself, keeps its owner.
-        self._host.instances.console_of(self._uuid).touch(mode=0o640)
+        self._host.instances.create_console(self._uuid)
+        self._may_have_domain = True
         hypervisor.define(xml)
         self._cancellation.check()
         if self._request.libvirt.start:
@@ -383,38 +385,51 @@ class Build:
         else:
             self._recorder.finish(Status.DONE, "the domain is defined")
 
+    def _undo(self) -> None:
+        """Remove the instance if this job made it: domain, disks, record; never raises.
 
-def undo(host: Host, uuid: str, job_id: str) -> None:
-    """Remove the instance if that job made it: domain, disks, record; never raises.
+        If the domain cannot be removed the files stay too: a domain without its
+        disks is worse than an instance that can be deleted later.
+        """
+        made = self._known()
+        if made is None or made.job_id != self._job_id:
+            return
+        try:
+            if self._may_have_domain:
+                remove_instance(self._host, made)
+            else:
+                self._host.instances.remove(self._uuid)
+        except BootwrightError as e:
+            LOG.error(
+                "what is left of instance %s could not be removed: %s; remove it with "
+                "'bootwright instance delete %s'",
+                self._uuid,
+                e,
+                self._uuid,
+            )
 
-    If the domain cannot be removed the files stay too: a domain without its
-    disks is worse than an instance that can be deleted later.
-    """
-    made = host.instances.get(uuid)
-    if made is None or made.job_id != job_id:
-        return
-    try:
-        remove_instance(host, uuid)
-    except (BootwrightError, OSError) as e:
-        LOG.error(
-            "what is left of instance %s could not be removed: %s; remove it with "
-            "'bootwright instance delete %s'",
-            uuid,
-            e,
-            uuid,
-        )
 
-
-def remove_instance(host: Host, uuid: str) -> None:
+def remove_instance(host: Host, record: InstanceRecord) -> None:
     """Destroy and undefine the domain, then remove the disks; done already is fine.
+
+    A domain of that uuid which somebody else has defined is left alone.
 
     Raises:
         HypervisorError: libvirt is away or refuses; the disks are all there.
         BackendError: a file cannot be removed.
     """
-    host.hypervisor.destroy(uuid)
-    host.hypervisor.undefine(uuid)
-    host.instances.remove(uuid)
+    mark = host.hypervisor.metadata(record.uuid, domain_xml.NAMESPACE)
+    if mark is not None and domain_xml.job_of(mark) == record.job_id:
+        host.hypervisor.destroy(record.uuid)
+        host.hypervisor.undefine(record.uuid)
+    elif host.hypervisor.state(record.uuid) is not None:
+        LOG.warning(
+            "libvirt has a domain %s that job %s of instance %s did not define; it is left alone",
+            record.uuid,
+            record.job_id,
+            record.name,
+        )
+    host.instances.remove(record.uuid)
 
 
 def disk_report(disk: Disk) -> DiskReport:

@@ -19,12 +19,16 @@ class Cancellation:
         self,
         deadline_s: float | None = None,
         *,
+        elapsed_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`deadline_s`: seconds from now after which `check` raises; None for never."""
+        """`deadline_s`: seconds after which `check` raises; None for never.
+
+        `elapsed_s` of them are over already, before an earlier end of the agent for one.
+        """
         self._clock = clock
         self._seconds = deadline_s
-        self._deadline = None if deadline_s is None else clock() + deadline_s
+        self._deadline = None if deadline_s is None else clock() + deadline_s - elapsed_s
         self._reason: BootwrightError | None = None
         self._event = threading.Event()
         self._lock = threading.Lock()

@@ -57,7 +57,7 @@ class Claims:
         """Claim a base; returns when the claim is durable and no removal is under way.
 
         Raises:
-            BackendError: it cannot be written.
+            BackendError, InsufficientFreeSpace: it cannot be written.
         """
         with self._mutex:
             bases = self._bases or frozenset()
@@ -71,6 +71,9 @@ class Claims:
 
         It is called when nobody can claim, so what it says stays true until
         the claims are written.
+
+        Raises:
+            BackendError, InsufficientFreeSpace: they cannot be written.
         """
         with self._mutex:
             bases = needed()
@@ -80,7 +83,11 @@ class Claims:
 
     @contextlib.contextmanager
     def held_still(self) -> Iterator[None]:
-        """Let no host make a claim during the block."""
+        """Let no host make a claim during the block.
+
+        Raises:
+            BackendError: another host does not let go of the lock.
+        """
         with self._mutex, self._locked():
             yield
 

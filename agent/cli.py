@@ -5,7 +5,7 @@ A client of the API and little more; `bootwright agent` is the service itself.
 
 import click
 
-from agent.commands.command import LazyGroup, global_options
+from agent.commands.command import LazyGroup
 
 _COMMANDS = {
     "agent": "agent.commands.configuration:agent",
@@ -22,7 +22,6 @@ _COMMANDS = {
 @click.group(
     cls=LazyGroup,
     lazy=_COMMANDS,
-    params=global_options(),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="bootwright", message="bootwright %(version)s")

@@ -5,9 +5,9 @@ object is the default because the privileged helper reads from it too.
 """
 
 import difflib
+import grp
 import io
 import ipaddress
-import logging
 import re
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,9 +34,7 @@ from agent.settings import (
     Settings,
 )
 
-__all__ = ["ConfigError", "Configuration", "Value", "list_opts", "load", "sample"]
-
-LOG = logging.getLogger(__name__)
+__all__ = ["ConfigError", "Configuration", "Value", "list_opts", "sample"]
 
 _LONGEST_SOCKET_PATH: Final = 107
 """Bytes, without the final NUL: unix(7)."""
@@ -53,23 +51,6 @@ class Value:
     value: str
     origin: str
     """The file it was read from, `environment`, or `default`."""
-
-
-def load(
-    files: Sequence[str] = (),
-    directories: Sequence[str] = (),
-    *,
-    conf: cfg.ConfigOpts = cfg.CONF,
-) -> Settings:
-    """Read the files, log a warning for each unknown option, return the settings.
-
-    Raises:
-        ConfigError: a file cannot be read, or a value is out of its range.
-    """
-    configuration = Configuration(files, directories, conf=conf)
-    for warning in configuration.warnings():
-        LOG.warning("%s", warning)
-    return configuration.settings()
 
 
 class Configuration:
@@ -204,7 +185,9 @@ class Configuration:
 
     def _glance(self) -> GlanceSettings:
         glance = self._conf.glance
-        if not glance.endpoint_override and glance.auth_type in (None, "none"):
+        section = self._auth_section()
+        auth_type = self._conf[section].auth_type
+        if not glance.endpoint_override and auth_type in (None, "none"):
             raise ConfigError(
                 "[glance] the image service is nowhere to be found: set endpoint_override to "
                 "its URL, or auth_type, auth_url and credentials to find it in the service "
@@ -214,8 +197,15 @@ class Configuration:
             auth = loading.load_auth_from_conf_options(self._conf, "glance")
         except keystoneauth1.exceptions.MissingRequiredOptions as e:
             missing = ", ".join(opt.dest for opt in e.options)
+            raise ConfigError(f"[{section}] auth_type = {auth_type} also needs {missing}") from e
+        except keystoneauth1.exceptions.AuthPluginException as e:
+            # It does not say which of its options it means.
+            unset = [
+                opt.dest for opt in options.auth_plugin(auth_type) if not self._value(section, opt)
+            ]
             raise ConfigError(
-                f"[glance] auth_type = {glance.auth_type} also needs {missing}"
+                f"[{section}] auth_type = {auth_type} cannot be used: {e} These of its options "
+                f"are not set: {', '.join(unset)}"
             ) from e
         return GlanceSettings(
             session=loading.load_session_from_conf_options(self._conf, "glance", auth=auth),
@@ -238,28 +228,34 @@ class Configuration:
 
     def _register_auth_plugin(self) -> None:
         """Make known what only keystoneauth's plugin knows."""
-        auth_type = self._conf.glance.auth_type
+        section = self._auth_section()
+        if section not in self._known:
+            self._known[section] = loading.get_auth_common_conf_options()
+            self._conf.register_opts(self._known[section], group=section)
+        auth_type = self._conf[section].auth_type
         if auth_type is None:
             return
-        section = self._conf.glance.auth_section or "glance"
         try:
             opts = options.auth_plugin(auth_type)
         except keystoneauth1.exceptions.NoMatchingPlugin as e:
             known = sorted(loading.get_available_plugin_names())
             near = _nearest(auth_type, known, "{}")
             raise ConfigError(
-                f"{self._file_of('glance', 'auth_type')}: [glance] auth_type = {auth_type}: "
+                f"{self._file_of(section, 'auth_type')}: [{section}] auth_type = {auth_type}: "
                 f"no such plugin{near}; there are {', '.join(known)}"
             ) from e
         self._conf.register_opts(opts, group=section)
-        self._known[section] = [*self._known.get(section, []), *opts]
+        self._known[section] = [*self._known[section], *opts]
+
+    def _auth_section(self) -> str:
+        return self._conf.glance.auth_section or "glance"
 
     def _bad_values(self) -> Iterator[str]:
         for section, opts in self._known.items():
             for opt in opts:
                 try:
                     value = self._value(section, opt)
-                    problem = _semantic_problem(section, opt, value)
+                    problem = self._semantic_problem(section, opt, value)
                 except (ValueError, cfg.TemplateSubstitutionError) as e:
                     problem = _rule(opt) or str(e)
                 if problem:
@@ -268,6 +264,33 @@ class Configuration:
                         f"{self._file_of(section, opt.dest)}: [{section}] {opt.dest} = {given}: "
                         f"{problem}"
                     )
+
+    def _semantic_problem(self, section: str, opt: cfg.Opt, value: object) -> str | None:
+        """What is wrong with a value of the right type."""
+        problem: str | None = None
+        match (section, opt.dest, value):
+            case ("api", "socket", str(path)) if len(path.encode()) > _LONGEST_SOCKET_PATH:
+                length = len(path.encode())
+                problem = f"is {length} bytes long, the kernel takes {_LONGEST_SOCKET_PATH}"
+            case ("api", "socket_group", str(group)) if not _group_exists(group):
+                problem = "there is no such group on this host"
+            case ("api", "metrics_listen", str(listen)):
+                problem = _address_problem(listen)
+            case (options.PRIVSEP_SECTION, "user" | "group", str()):
+                if not self._conf[section].helper_command:
+                    problem = (
+                        "is for a helper that helper_command starts: set helper_command as well, "
+                        "or remove this"
+                    )
+            case ("glance", "verify_glance_signatures", True):
+                problem = "this release does not verify signatures: only false is possible"
+            case ("DEFAULT", "force_raw_images", False):
+                problem = "this release keeps every base as raw: only true is possible"
+            case ("DEFAULT", "preallocate_images", str(how)) if how != "none":
+                problem = "this release preallocates no disk: only none is possible"
+            case _:
+                pass
+        return problem
 
     def _value(self, section: str, opt: cfg.Opt) -> object:
         value: object = (
@@ -368,17 +391,18 @@ def _rule(opt: cfg.Opt) -> str | None:
     return rule
 
 
-def _semantic_problem(section: str, opt: cfg.Opt, value: object) -> str | None:
-    """What is wrong with a value of the right type."""
-    match (section, opt.dest, value):
-        case ("api", "socket", str(path)) if len(path.encode()) > _LONGEST_SOCKET_PATH:
-            return f"is {len(path.encode())} bytes long, the kernel takes {_LONGEST_SOCKET_PATH}"
-        case ("api", "metrics_listen", str(listen)):
-            host, _, port = listen.rpartition(":")
-            try:
-                ipaddress.ip_address(host.strip("[]"))
-            except ValueError as e:
-                return str(e)
-            return None if 0 < int(port) <= 65535 else "must have a port from 1 to 65535"
-        case _:
-            return None
+def _group_exists(name: str) -> bool:
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        return False
+    return True
+
+
+def _address_problem(listen: str) -> str | None:
+    host, _, port = listen.rpartition(":")
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError as e:
+        return str(e)
+    return None if 0 < int(port) <= 65535 else "must have a port from 1 to 65535"

@@ -73,7 +73,7 @@ def find(files: Sequence[str], directories: Sequence[str]) -> list[str]:
 
     Raises:
         ConfigError: there is no such directory.
-        Unreadable: the default directory is closed to this user.
+        Unreadable: a directory is closed to this user.
     """
     if not files and not directories:
         try:
@@ -83,7 +83,11 @@ def find(files: Sequence[str], directories: Sequence[str]) -> list[str]:
             raise Unreadable(f"{DEFAULT_FILE.parent}: {_NOT_READABLE}") from e
     found = list(files)
     for directory in directories:
-        if not Path(directory).is_dir():
+        try:
+            there = Path(directory).is_dir()
+        except PermissionError as e:
+            raise Unreadable(f"{directory}: {_NOT_READABLE}") from e
+        if not there:
             raise ConfigError(f"{directory}: no such directory of configuration files")
         found += sorted(str(file) for file in Path(directory).glob("*.conf"))
     return found
@@ -156,4 +160,7 @@ def api_socket(files: Sequence[str] = (), directories: Sequence[str] = ()) -> Pa
     try:
         return Path(conf.api.socket)
     except ValueError as e:
-        raise ConfigError(str(e)) from e
+        raise ConfigError(
+            "[api] socket is set to something that is no absolute path: 'bootwright config check' "
+            "tells where"
+        ) from e

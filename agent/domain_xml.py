@@ -138,6 +138,18 @@ def fill_template(xml: str, spec: DomainSpec) -> str:
     return _text(domain)
 
 
+def job_of(metadata: str) -> str | None:
+    """Return the id of the job that made a domain, from its element of our NAMESPACE.
+
+    None if the element does not say.
+    """
+    try:
+        job = etree.fromstring(metadata.encode(), _parser()).find("{*}job")
+    except etree.XMLSyntaxError:
+        return None
+    return None if job is None else job.get("id")
+
+
 def _parse(xml: str) -> etree._Element:
     if len(xml) > _TEMPLATE_LIMIT:
         raise InvalidJob(
@@ -149,7 +161,17 @@ def _parse(xml: str) -> etree._Element:
     before, doctype, _ = xml.partition("<!DOCTYPE")
     if doctype:
         raise _wrong(before.count("\n") + 1, "a document type (<!DOCTYPE …>) is not allowed")
-    parser = etree.XMLParser(
+    try:
+        root = etree.fromstring(xml.encode(errors="surrogatepass"), _parser())
+    except etree.XMLSyntaxError as e:
+        raise _wrong(e.lineno or 1, e.msg or "it is not XML") from e
+    if root.tag != "domain":
+        raise _wrong(_line(root), f"it describes a <{root.tag}>, not a <domain>")
+    return root
+
+
+def _parser() -> etree.XMLParser:
+    return etree.XMLParser(
         # Over a declared encoding: what was searched above is what is parsed.
         encoding="utf-8",
         resolve_entities=False,
@@ -158,13 +180,6 @@ def _parse(xml: str) -> etree._Element:
         huge_tree=False,
         remove_blank_text=True,
     )
-    try:
-        root = etree.fromstring(xml.encode(errors="surrogatepass"), parser)
-    except etree.XMLSyntaxError as e:
-        raise _wrong(e.lineno or 1, e.msg or "it is not XML") from e
-    if root.tag != "domain":
-        raise _wrong(_line(root), f"it describes a <{root.tag}>, not a <domain>")
-    return root
 
 
 def _wrong(line: int, what: str) -> InvalidJob:
@@ -204,7 +219,8 @@ def _identify(domain: etree._Element, spec: DomainSpec) -> None:
     _set(domain, "name", spec.name)
     _set(domain, "uuid", spec.uuid)
     metadata = _child(domain, "metadata")
-    for previous in metadata.findall(f"{{{NAMESPACE}}}instance"):
+    # libvirt keeps one element of each namespace: the first.
+    for previous in metadata.findall(f"{{{NAMESPACE}}}*"):
         metadata.remove(previous)
     instance = etree.SubElement(
         metadata, f"{{{NAMESPACE}}}instance", nsmap={"bootwright": NAMESPACE}

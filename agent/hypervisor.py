@@ -74,6 +74,7 @@ class Domain(Protocol):
     def destroy(self) -> int: ...
     def undefine(self) -> int: ...
     def undefineFlags(self, flags: int) -> int: ...  # noqa: N802
+    def metadata(self, type: int, uri: str) -> str: ...  # noqa: A002
 
 
 class Network(Protocol):
@@ -187,6 +188,27 @@ class Hypervisor:
                 raise
 
         return self._look(f"asking for the state of domain {uuid} of", look)
+
+    def metadata(self, uuid: str, namespace: str) -> str | None:
+        """The XML of the element of that namespace in a domain's `<metadata>`.
+
+        libvirt leaves the namespace out of it. None if there is no such element,
+        or no such domain.
+        """
+
+        def look(connection: Connection) -> str | None:
+            try:
+                domain = connection.lookupByUUIDString(uuid)
+                return domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, namespace)
+            except libvirt.libvirtError as e:
+                if e.get_error_code() in (
+                    libvirt.VIR_ERR_NO_DOMAIN,
+                    libvirt.VIR_ERR_NO_DOMAIN_METADATA,
+                ):
+                    return None
+                raise
+
+        return self._look(f"asking for the metadata of domain {uuid} of", look)
 
     def has_active_network(self, name: str) -> bool:
         def look(connection: Connection) -> bool:
@@ -319,19 +341,34 @@ class Hypervisor:
         if not self._places.acquire(timeout=limit_s):
             raise self._no_answer(what, limit_s)
         outcome: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+        given_up = threading.Event()
+
+        def attempt(connection: Connection) -> T:
+            # Opening the connection, or the first attempt, took until nobody
+            # waits any more: a domain must not come up after it was said to fail.
+            if given_up.is_set():
+                raise self._no_answer(what, limit_s)
+            return call(connection)
 
         def run() -> None:
             try:
-                outcome.put(self._twice(call))
+                outcome.put(self._twice(attempt))
             except BaseException as e:  # noqa: BLE001 - raised again by who waits
                 outcome.put(e)
             finally:
                 self._places.release()
 
-        threading.Thread(target=run, name="libvirt call", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="libvirt call", daemon=True).start()
+        except RuntimeError as e:
+            self._places.release()
+            raise HypervisorError(
+                f"{what} {self._uri}: {e}", "the agent has used up TasksMax of its unit, or memory"
+            ) from e
         try:
             result = outcome.get(timeout=limit_s)
         except queue.Empty:
+            given_up.set()
             # Whoever asks next shall not queue up behind the call that is stuck.
             with self._lock:
                 self._connection = None

@@ -16,6 +16,7 @@ How bases lie on disk is `agent.store`'s business, who keeps them there
 `agent.usage`'s, and how they go `agent.pruner`'s. A base is never changed.
 """
 
+import errno
 import logging
 import threading
 import time
@@ -28,11 +29,13 @@ from agent.base import Base, check_fits
 from agent.cancellation import Cancellation
 from agent.errors import (
     AgentStopping,
+    BackendError,
     BootwrightError,
     ImageCorrupt,
     ImageSourceUnavailable,
     InternalError,
 )
+from agent.files import free_bytes, no_space
 from agent.flight import Flight, Seat
 from agent.image import Image
 from agent.ingest import Ingest
@@ -46,7 +49,7 @@ from agent.store import Entry, Store
 from agent.transfer import ImageSource, RetryPolicy
 from agent.usage import Usage
 from agent.verification import Verifier
-from agent.views import Fetch, Soundness
+from agent.views import Fetch
 
 LOG = logging.getLogger(__name__)
 
@@ -160,9 +163,18 @@ class ImageCache:
             if flight is not None:
                 metrics.IMAGE_REQUESTS.labels(result="joined").inc()
                 return flight, flight.board(max_virtual_size)
-            flight = self._flights[name] = Flight(image)
+            flight = Flight(image)
             seat = flight.board(max_virtual_size)
-            threading.Thread(target=self._fly, args=(flight,), name=f"fetch-{image.id}").start()
+            thread = threading.Thread(target=self._fly, args=(flight,), name=f"fetch-{image.id}")
+            try:
+                thread.start()
+            except RuntimeError as e:
+                raise BackendError(
+                    f"fetching image {image.id}: {e}",
+                    "the host has no memory or no process left for the agent (TasksMax=)",
+                ) from e
+            # Only now: nobody would ever land one that did not take off.
+            self._flights[name] = flight
             return flight, seat
 
     def unpin(self, pin: str) -> None:
@@ -200,6 +212,8 @@ class ImageCache:
                 outcome = self._lookup(image) or self._recognised(flight) or self._made(flight)
         except BootwrightError as e:
             outcome = e
+        except OSError as e:
+            outcome = self._translated(e, image)
         except Exception as e:
             LOG.exception("fetching image %s failed by a defect of ours", image.id)
             outcome = InternalError(
@@ -209,6 +223,15 @@ class ImageCache:
             # Gone before it lands: whoever asks from now on looks again.
             del self._flights[name]
         flight.land(outcome)
+
+    def _translated(self, error: OSError, image: Image) -> BootwrightError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            directory = self._store.directory
+            what = f"fetching image {image.id} into"
+            return no_space(directory, image.size or 0, free_bytes(directory), what)
+        return BackendError(
+            f"fetching image {image.id}: {error}", "check the file system and the kernel's log"
+        )
 
     @contextmanager
     def _slot(self, flight: Flight) -> Iterator[None]:
@@ -230,8 +253,8 @@ class ImageCache:
             entry.path,
             image.id,
         )
-        found = self._verifier.verify_locked(image.id, flight.cancellation)
-        return None if found.soundness is Soundness.DAMAGED else self._lookup(image)
+        self._verifier.verify_locked(image.id, flight.cancellation)
+        return self._lookup(image)
 
     def _made(self, flight: Flight) -> Base:
         image = flight.image
@@ -240,13 +263,13 @@ class ImageCache:
         if self._store.complete(name, partial):
             base = self._lookup(image)
             if base is not None:
-                partial.discard()
+                _discard(partial)
                 return base
         with self._space.reservation(f"image {image.id}", partial.directory) as reservation:
             base = self._shared(flight, partial, reservation) or self._fetched(
                 flight, partial, reservation
             )
-        partial.discard()
+        _discard(partial)
         return base
 
     def _shared(self, flight: Flight, partial: Partial, reservation: Reservation) -> Base | None:
@@ -343,6 +366,14 @@ class ImageCache:
         deadline = time.monotonic() + timeout_s
         for flight in flights:
             flight.landed.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _discard(partial: Partial) -> None:
+    """Remove a partial whose base is there; it is no failure if that has to wait."""
+    try:
+        partial.discard()
+    except (OSError, BackendError) as e:
+        LOG.warning("%s is left to the next sweep: %s", partial.directory, e)
 
 
 def _base(image: Image, entry: Entry, *, origin: str, received: int = 0, resumed: int = 0) -> Base:

@@ -6,17 +6,27 @@ which bases they stand: a guest can write to its disks, so no answer is ever
 looked for in them.
 """
 
+import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
 
 from agent.disk import Disk
-from agent.errors import InstanceExists, NotFound
-from agent.files import UNFINISHED, fsync_directory, remove_tree, write_durably
+from agent.errors import BackendError, InstanceExists, NotFound
+from agent.files import (
+    BLOCK,
+    UNFINISHED,
+    fsync_directory,
+    remove_tree,
+    reporting_no_space,
+    write_durably,
+)
 from agent.job import ImagesType
 
 LOG = logging.getLogger(__name__)
@@ -29,7 +39,7 @@ CONSOLE_NAME = "console.log"
 class InstanceRecord:
     """The contents of `instance.json`."""
 
-    version: int = 1
+    version: Literal[1] = 1
     uuid: str
     name: str
     job_id: str
@@ -60,6 +70,9 @@ class Instances:
         """`directory` is `instances_path`."""
         self._directory = directory
         self._lock = threading.Lock()
+        # Held while files are removed, so that two removals of one instance do
+        # not meet; `_lock` is for what takes no time.
+        self._removal = threading.Lock()
         self._known: dict[str, InstanceRecord] = {}
         self.unreadable: tuple[Path, ...] = ()
         """Records that exist and cannot be understood: who knows what they stand on."""
@@ -77,8 +90,8 @@ class Instances:
                 record = _RECORD.validate_json(path.read_bytes())
             except (OSError, ValidationError) as e:
                 LOG.error(
-                    "%s cannot be read: %s; restore it from a backup. Until then nothing is "
-                    "removed from the image cache",
+                    "%s cannot be read: %s; restore it from a backup, or install the release "
+                    "that wrote it. Until then nothing is removed from the image cache",
                     path,
                     e,
                 )
@@ -99,9 +112,12 @@ class Instances:
         already says, and gets it.
 
         Raises:
-            InstanceExists: an instance, or another job, has the name or uuid.
+            InstanceExists: an instance, or another job, has the name or uuid, or
+                there are files of an instance whose record is lost.
         """
         with self._lock:
+            if uuid not in self._known:
+                self._require_no_files(uuid)
             for other in self._known.values():
                 if (other.uuid == uuid or other.name == name) and other.job_id != job_id:
                     which = f"name {name}" if other.name == name else f"uuid {uuid}"
@@ -119,22 +135,50 @@ class Instances:
                     )
             self._claims[uuid] = self._claims[name] = job_id
 
+    def _require_no_files(self, uuid: str) -> None:
+        directory = self.directory_of(uuid)
+        with _reporting("looking into", directory):
+            if directory.is_dir() and set(directory.iterdir()) - set(directory.glob(UNFINISHED)):
+                raise InstanceExists(
+                    f"{directory} has files of an instance, and no {RECORD_NAME} that this agent "
+                    "has read",
+                    f"restore its {RECORD_NAME} and restart the agent, or move the directory away",
+                )
+
     def release(self, job_id: str) -> None:
         with self._lock:
             self._claims = {key: job for key, job in self._claims.items() if job != job_id}
 
     def write(self, record: InstanceRecord) -> Path:
-        """Make the instance's directory and its record durable; return the directory."""
+        """Make the instance's directory and its record durable; return the directory.
+
+        Raises:
+            InsufficientFreeSpace, BackendError: it cannot be written.
+        """
         directory = self.directory_of(record.uuid)
-        if not directory.is_dir():
-            # Others may pass through, as the hypervisor's user must, but not list.
-            directory.mkdir(mode=0o711)
-            directory.chmod(0o711)
-            fsync_directory(self._directory)
-        write_durably(directory / RECORD_NAME, _RECORD.dump_json(record, indent=2))
+        with _reporting("writing", directory / RECORD_NAME):
+            if not directory.is_dir():
+                # Others may pass through, as the hypervisor's user must, but not list.
+                directory.mkdir(mode=0o711)
+                directory.chmod(0o711)
+                fsync_directory(self._directory)
+            write_durably(directory / RECORD_NAME, _RECORD.dump_json(record, indent=2))
         with self._lock:
             self._known[record.uuid] = record
         return directory
+
+    def create_console(self, uuid: str) -> None:
+        """Make the console log if it is not there.
+
+        It belongs to us, so that we can read what the guest writes: whoever
+        opens it later, root's virtlogd or QEMU itself, keeps its owner.
+
+        Raises:
+            InsufficientFreeSpace, BackendError: it cannot be made.
+        """
+        path = self.console_of(uuid)
+        with _reporting("making", path):
+            path.touch(mode=0o640)
 
     def get(self, uuid: str) -> InstanceRecord | None:
         with self._lock:
@@ -165,41 +209,66 @@ class Instances:
 
         The record goes last, so that a crash halfway leaves an instance that
         can still be found, and deleted again.
+
+        Raises:
+            BackendError: something of it cannot be removed.
         """
         directory = self.directory_of(uuid)
-        if directory.is_dir():
-            for entry in directory.iterdir():
-                if entry.name == RECORD_NAME:
-                    continue
-                if entry.is_dir() and not entry.is_symlink():
-                    remove_tree(entry)
-                else:
-                    entry.unlink(missing_ok=True)
-            fsync_directory(directory)
-            remove_tree(directory)
-            fsync_directory(self._directory)
+        with self._removal, _reporting("removing", directory):
+            if directory.is_dir():
+                for entry in directory.iterdir():
+                    if entry.name == RECORD_NAME:
+                        continue
+                    if entry.is_dir() and not entry.is_symlink():
+                        remove_tree(entry)
+                    else:
+                        entry.unlink(missing_ok=True)
+                fsync_directory(directory)
+                remove_tree(directory)
         with self._lock:
             self._known.pop(uuid, None)
 
     def sweep(self) -> list[Path]:
         """Remove what a crash left, and return it; call it before any job runs.
 
-        That is directories without a record, and in the others what was being
-        written and had not got its name yet.
+        That is what was being written and had not got its name yet, and
+        directories that have nothing else. Disks without a record stay: no crash
+        leaves them, so somebody has moved the record away.
         """
         swept = []
         for directory in self._directory.iterdir():
             if not _is_uuid(directory.name):
                 continue
+            for path in directory.glob(UNFINISHED):
+                path.unlink()
+                swept.append(path)
             if (directory / RECORD_NAME).exists():
-                unfinished = list(directory.glob(UNFINISHED))
-                for path in unfinished:
-                    path.unlink()
-                swept += unfinished
+                continue
+            try:
+                directory.rmdir()
+            except OSError as e:
+                LOG.error(
+                    "%s has no %s: %s; put the record back and restart the agent, or remove the "
+                    "directory if nobody needs its disks",
+                    directory,
+                    RECORD_NAME,
+                    e,
+                )
             else:
-                remove_tree(directory)
                 swept.append(directory)
         return swept
+
+
+@contextlib.contextmanager
+def _reporting(what: str, path: Path) -> Iterator[None]:
+    """Turn what the file system says about `path` into an error for the job."""
+    try:
+        with reporting_no_space(path, BLOCK, what):
+            yield
+    except OSError as e:
+        raise BackendError(
+            f"{what} {path}: {e.strerror}", "look at the file system and the kernel's log"
+        ) from e
 
 
 def _is_uuid(name: str) -> bool:

@@ -62,12 +62,22 @@ def _canonical_uuid(text: str) -> str:
         raise ValueError("must be a UUID such as 0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1") from None
 
 
+def _is_uuid(text: str) -> bool:
+    try:
+        uuid.UUID(text)
+    except ValueError:
+        return False
+    return True
+
+
 # A name becomes a file name, a libvirt domain name and a host name, so it has
 # to be acceptable to the strictest of the three.
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
 
 
 def _host_name(text: str) -> str:
+    if _is_uuid(text):
+        raise ValueError("must not look like a UUID: it could be taken for another instance's")
     if not _NAME.fullmatch(text):
         raise ValueError(
             "must be 1 to 63 letters, digits, dots and hyphens, starting and ending "
@@ -111,7 +121,7 @@ class Instance(_Schema):
     """A UUID; made up if absent."""
     name: HostName | None = None
     """Of the domain, and host name of the guest; unique on this host. 1 to 63 letters, digits,
-    `.` and `-`. Needed, except to delete by `uuid`."""
+    `.` and `-`, and no UUID. Needed, except to delete by `uuid`."""
     metadata: dict[str, str] = Field(default_factory=dict)
     """Kept with the instance; `meta` on its config drive."""
     user_data: Annotated[str, StringConstraints(max_length=65535)] | None = None

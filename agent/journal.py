@@ -19,7 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.errors import IdempotencyConflict, NotFound
+from agent.errors import (
+    BackendError,
+    BootwrightError,
+    IdempotencyConflict,
+    InsufficientFreeSpace,
+    NotFound,
+)
 from agent.job import JobRequest
 from agent.report import JobReport, Status
 from agent.views import Event
@@ -34,7 +40,8 @@ CREATE TABLE job (
     status          TEXT NOT NULL,
     created_at      REAL NOT NULL,
     request         TEXT NOT NULL,
-    report          TEXT NOT NULL
+    report          TEXT NOT NULL,
+    cancelled       TEXT
 );
 CREATE INDEX job_status ON job (status);
 CREATE TABLE event (
@@ -47,6 +54,7 @@ CREATE TABLE event (
 );
 CREATE INDEX event_job ON event (job_id);
 """
+_UNFINISHED = tuple(status for status in Status if not status.final)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +63,8 @@ class Job:
 
     request: JobRequest
     report: JobReport
+    cancelled: str | None = None
+    """Why it shall end, once somebody has asked for that."""
 
 
 class Journal:
@@ -66,6 +76,7 @@ class Journal:
         Raises:
             JournalUnusable: the file is no journal, or of a newer release.
         """
+        self._path = path
         self._now = now
         self._lock = threading.RLock()
         self.changed = threading.Condition(self._lock)
@@ -105,15 +116,32 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Raises: InsufficientFreeSpace, BackendError: it could not be made durable."""
         with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
             try:
-                yield self._connection
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
+                self._connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._connection
+                    self._connection.execute("COMMIT")
+                except BaseException:
+                    # SQLite itself may have rolled back, when the disk was full.
+                    if self._connection.in_transaction:
+                        self._connection.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as e:
+                raise self._unwritable(e) from e
             self.changed.notify_all()
+
+    def _unwritable(self, error: sqlite3.Error) -> BootwrightError:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+            return InsufficientFreeSpace(
+                f"the journal {self._path} cannot be written: {error}",
+                f"free space below {self._path.parent}",
+            )
+        return BackendError(
+            f"the journal {self._path} cannot be written: {error}",
+            "check the file system and the kernel's log",
+        )
 
     def accept(self, request: JobRequest, report: JobReport, *, body_digest: str) -> JobReport:
         """Make the job durable; with a known idempotency key, return the job that has it.
@@ -126,12 +154,9 @@ class Journal:
         """
         with self._transaction() as db:
             if request.idempotency_key is not None:
-                row = db.execute(
-                    "SELECT id, body_digest, report FROM job WHERE idempotency_key = ?",
-                    (request.idempotency_key,),
-                ).fetchone()
-                if row is not None:
-                    return _same_job(request.idempotency_key, row, body_digest)
+                known = self.by_key(request.idempotency_key, body_digest)
+                if known is not None:
+                    return known
             db.execute(
                 "INSERT INTO job (id, idempotency_key, body_digest, status, created_at,"
                 " request, report) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -148,6 +173,18 @@ class Journal:
             self._insert_event(db, report, f"{report.action} accepted")
         return report
 
+    def by_key(self, key: str, body_digest: str) -> JobReport | None:
+        """Return the job that has the idempotency key, if there is one.
+
+        Raises:
+            IdempotencyConflict: the key belongs to a job with another body.
+        """
+        with self._lock:
+            row = self._connection.execute(
+                "SELECT id, body_digest, report FROM job WHERE idempotency_key = ?", (key,)
+            ).fetchone()
+        return None if row is None else _same_job(key, row, body_digest)
+
     def record(self, report: JobReport, message: str) -> None:
         """Make the job's new state durable, and tell `message` to whoever follows events."""
         with self._transaction() as db:
@@ -156,6 +193,13 @@ class Journal:
                 (report.status, report.model_dump_json(), report.id),
             )
             self._insert_event(db, report, message)
+
+    def cancel(self, job_id: str, message: str) -> None:
+        """Make it durable that the job shall end; the first message given stays."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE job SET cancelled = coalesce(cancelled, ?) WHERE id = ?", (message, job_id)
+            )
 
     def _insert_event(self, db: sqlite3.Connection, report: JobReport, message: str) -> None:
         db.execute(
@@ -167,7 +211,7 @@ class Journal:
         """Raises: NotFound."""
         with self._lock:
             row = self._connection.execute(
-                "SELECT request, report FROM job WHERE id = ?", (job_id,)
+                "SELECT request, report, cancelled FROM job WHERE id = ?", (job_id,)
             ).fetchone()
         if row is None:
             raise NotFound(
@@ -180,14 +224,26 @@ class Journal:
         marks = ", ".join("?" * len(statuses))
         with self._lock:
             rows = self._connection.execute(
-                f"SELECT request, report FROM job WHERE status IN ({marks}) "  # noqa: S608 (marks)
+                f"SELECT request, report, cancelled FROM job WHERE status IN ({marks}) "  # noqa: S608
                 "ORDER BY number",
                 tuple(statuses),
             ).fetchall()
         return [_job(row) for row in rows]
 
     def unfinished(self) -> list[Job]:
-        return self.jobs([status for status in Status if not status.final])
+        return self.jobs(_UNFINISHED)
+
+    def unfinished_before(self, job_id: str, *, instance_uuid: str) -> list[Job]:
+        """Return the unfinished jobs of an instance that were accepted before `job_id`."""
+        marks = ", ".join("?" * len(_UNFINISHED))
+        with self._lock:
+            rows = self._connection.execute(
+                f"SELECT request, report, cancelled FROM job WHERE status IN ({marks}) "  # noqa: S608
+                "AND number < (SELECT number FROM job WHERE id = ?) "
+                "AND json_extract(request, '$.instance.uuid') = ? ORDER BY number",
+                (*_UNFINISHED, job_id, instance_uuid),
+            ).fetchall()
+        return [_job(row) for row in rows]
 
     def counts(self) -> dict[Status, int]:
         """Return how many jobs there are of each status."""
@@ -259,9 +315,10 @@ def _same_job(key: str, row: tuple[str, str, str], body_digest: str) -> JobRepor
     return JobReport.model_validate_json(report)
 
 
-def _job(row: tuple[str, str]) -> Job:
-    request, report = row
+def _job(row: tuple[str, str, str | None]) -> Job:
+    request, report, cancelled = row
     return Job(
         request=JobRequest.model_validate_json(request),
         report=JobReport.model_validate_json(report),
+        cancelled=cancelled,
     )

@@ -5,8 +5,8 @@ to standard error and reads `time level [req-…] [instance: …] sentence KEY=v
 Files, rotation and forwarding are left to the journal, which does them better.
 
 Any module logs through the standard library. What belongs to a line as data
-goes with the call, as `extra=fields(PHASE=…, BYTES=…)`; what belongs to every
-line of a job is bound once, by `bind`, and goes along in the context.
+goes with the call, as `extra={"fields": {"PHASE": …, "BYTES": …}}`; what belongs
+to every line of a job is bound once, by `bind`, and goes along in the context.
 """
 
 import contextlib
@@ -19,10 +19,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-try:
-    from systemd import journal
-except ImportError:  # it needs a compiler and libsystemd to be installed
-    journal = None
+from systemd import journal
 
 _context: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
     "log fields", default=types.MappingProxyType({})
@@ -43,15 +40,21 @@ _QUIET: Final = (
 """Libraries that tell at INFO what is nobody's news on a quiet host."""
 
 _SECRETS: Final = (
-    # HTTP headers, bare or in the text of a dictionary or of a curl command.
+    # Headers, JSON, dictionaries, curl commands and key=value: X-Auth-Token,
+    # admin_password, application_credential_secret …
     re.compile(
-        r"(?i)((?:x-(?:auth|subject|service)-token|authorization)['\"]?\s*[:=]\s*"
-        r"(?:b?['\"])?(?:(?:bearer|basic)\s+)?)(?!\{SHA256\})[^\s'\",]+"
+        r"""(?xi)
+        ( [\w-]* (?:password|passwd|secret|token|authorization) [\w-]*
+          (?:\\*['"])? \s*[:=]\s* )
+        (?! b?['"]?\{SHA256\} )  # keystoneauth has hashed it already
+        (?:
+            b?(?P<quote>\\*['"]) (?: (?!(?P=quote)) (?:\\.|.) )* (?P=quote)?
+          | \{ (?: [^{}] | \{[^{}]*\} )*  # {"token": {"id": …}}
+          | (?:(?:bearer|basic)\s+)? [^\s'",}]+
+        )"""
     ),
-    # JSON, dictionaries and key=value: password, admin_password, application_credential_secret …
-    re.compile(r"(?i)([\w-]*(?:password|passwd|secret)['\"]?\s*[:=]\s*(?:b?['\"])?)[^\s'\",}]+"),
-    # The user information of a URL.
-    re.compile(r"([a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+(?=@)"),
+    # The user information of a URL, to the last @: a password may hold one.
+    re.compile(r"([a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/]+(?=@)"),
 )
 
 
@@ -61,7 +64,7 @@ def setup(*, debug: bool = False) -> None:
     Replaces what was set up before. `debug` also lets the libraries talk.
     """
     handler: logging.Handler
-    if journal is not None and _stderr_is_journal():
+    if _stderr_is_journal():
         handler = JournalHandler(journal.send)
     else:
         handler = logging.StreamHandler(sys.stderr)
@@ -87,11 +90,6 @@ def bind(**fields: str | None) -> Iterator[None]:
         yield
     finally:
         _context.reset(token)
-
-
-def fields(**values: object) -> dict[str, object]:
-    """What to give as `extra=` to one call: PHASE, BYTES, ELAPSED_MS, OUTCOME …"""
-    return {"fields": values}
 
 
 def redact(text: str) -> str:
@@ -148,7 +146,7 @@ class JournalHandler(logging.Handler):
                 **_context.get(),
                 **_fields_of(record),
             }
-            texts = {name: str(value) for name, value in entry.items()}
+            texts = {name: redact(str(value)) for name, value in entry.items()}
             # systemd-python formats this one as a number.
             self._send(redact(message), CODE_LINE=record.lineno, **texts)
         except Exception:  # noqa: BLE001 - logging must not end what it tells of

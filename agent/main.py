@@ -2,7 +2,6 @@
 
 import enum
 import logging
-import math
 import queue
 import signal
 import time
@@ -16,6 +15,7 @@ from agent.cancellation import Cancellation
 from agent.directory import DirectorySource
 from agent.errors import AgentStopping
 from agent.glance import GlanceSource
+from agent.housekeeping import Housekeeping
 from agent.hypervisor import Hypervisor
 from agent.image import Image
 from agent.image_cache import ImageCache
@@ -40,15 +40,13 @@ from agent.worker import Worker
 LOG = logging.getLogger(__name__)
 
 
-# A partial that nobody went on with for a day will not be asked for any more.
-PARTIAL_AGE_S = 86400.0
-# A damaged base is kept for people to look at, for a week.
-QUARANTINE_AGE_S = 7 * 86400.0
-# Long enough to look a failure up after a holiday, and not for ever.
-JOB_AGE_S = 30 * 86400.0
-MAINTENANCE_S = 3600.0
+# For answering what is under way when the jobs have been interrupted.
+CLOSING_S = 15.0
 # How often systemd is told how things are when it does not ask to be told.
 STATUS_S = 15.0
+# What one step of the start may take: removing the disks of many unfinished
+# boots, waiting for another host's lock.
+START_STEP_S = 90.0
 
 
 class Wish(enum.Enum):
@@ -81,6 +79,7 @@ def run(settings: Settings, reload: Callable[[], None]) -> int:
         return _attend(parts, wishes, reload)
     finally:
         systemd.stopping()
+        systemd.extend_timeout(settings.drain_timeout_s + CLOSING_S)
         parts.stop(settings.drain_timeout_s)
 
 
@@ -99,10 +98,8 @@ def _listen_for_wishes() -> "queue.SimpleQueue[Wish]":
 
 
 def _attend(parts: "_Parts", wishes: "queue.SimpleQueue[Wish]", reload: Callable[[], None]) -> int:
-    """Keep house and the watchdog quiet until somebody wishes the end."""
+    """Keep the watchdog quiet until somebody wishes the end; wait for nothing else."""
     interval = min(systemd.watchdog_interval() or STATUS_S, STATUS_S)
-    maintenance_at = time.monotonic() + MAINTENANCE_S
-    prune_at = time.monotonic() + (parts.prune_interval_s or math.inf)
     while True:
         try:
             match wishes.get(timeout=interval):
@@ -119,12 +116,6 @@ def _attend(parts: "_Parts", wishes: "queue.SimpleQueue[Wish]", reload: Callable
         if parts.agent.live():
             systemd.watchdog()
         systemd.status(parts.summary())
-        if time.monotonic() >= maintenance_at:
-            parts.keep_house()
-            maintenance_at = time.monotonic() + MAINTENANCE_S
-        if time.monotonic() >= prune_at:
-            parts.prune()
-            prune_at = time.monotonic() + (parts.prune_interval_s or math.inf)
 
 
 class _Parts:
@@ -142,10 +133,9 @@ class _Parts:
             timeout_s=settings.qemu_img.timeout_s,
         )
         cache = settings.image_cache
-        self.prune_interval_s = cache.prune_interval_s
         self.store = Store(cache.directory)
         self.usage = Usage(self.store, self.instances, host_id=cache.host_id)
-        self.pruner = Pruner(self.store, self.usage, _prune_policy(cache))
+        pruner = Pruner(self.store, self.usage, _prune_policy(cache))
         verifier = Verifier(self.store, self.usage)
         self.image_cache = ImageCache(
             self.store,
@@ -154,7 +144,7 @@ class _Parts:
                 self.store,
                 reserved_free_space=cache.reserved_free_space,
                 max_size=cache.max_size,
-                make_room=self.pruner.make_room,
+                make_room=pruner.make_room,
             ),
             verifier,
             source=source,
@@ -169,7 +159,16 @@ class _Parts:
             else Scrub(self.store, verifier, interval_s=cache.scrub_interval_s, repair=self._repair)
         )
         metrics.CACHE_BYTES.set_function(self.store.allocated)
-        self.touch = LastUse().refresh
+        touch = LastUse().refresh
+        self.housekeeping = Housekeeping(
+            self.store,
+            self.usage,
+            pruner,
+            self.journal,
+            source,
+            touch=touch,
+            prune_interval_s=cache.prune_interval_s,
+        )
         hypervisor = Hypervisor(
             settings.libvirt.connection_uri, virt_type=settings.libvirt.virt_type
         )
@@ -177,7 +176,7 @@ class _Parts:
             image_cache=self.image_cache,
             instances=self.instances,
             hypervisor=hypervisor,
-            touch=self.touch,
+            touch=touch,
             defaults=Defaults(
                 virt_type=settings.libvirt.virt_type,
                 images_type=settings.libvirt.images_type,
@@ -197,7 +196,7 @@ class _Parts:
             image_cache=self.image_cache,
             store=self.store,
             usage=self.usage,
-            pruner=self.pruner,
+            pruner=pruner,
             verifier=verifier,
             source=source,
             instances=self.instances,
@@ -216,50 +215,26 @@ class _Parts:
 
     def start(self) -> None:
         """Set right what a crash left, go on with unfinished jobs, and open the door."""
+        systemd.extend_timeout(START_STEP_S)
         for path in self.instances.sweep():
             LOG.info("removed %s, left by a job that did not come far", path)
-        self.keep_house()
+        systemd.extend_timeout(START_STEP_S)
+        self.housekeeping.sweep()
         self.worker.start()
         unfinished = self.journal.unfinished()
         if unfinished:
             LOG.info("going on with %d unfinished jobs", len(unfinished))
         for job in unfinished:
             self.worker.enqueue(job.report.id)
+        self.housekeeping.start()
         if self.scrub is not None:
             self.scrub.start()
         for listener in self._listeners:
             listener.start()
 
-    def keep_house(self) -> None:
-        self.usage.settle()
-        self.store.sweep(
-            partials_s=PARTIAL_AGE_S, quarantine_s=QUARANTINE_AGE_S, keep=self.usage.may_need
-        )
-        self.journal.forget(older_than_s=JOB_AGE_S)
-
-    def prune(self) -> None:
-        """Remove bases that nobody needs.
-
-        What instances stand on counts as used until they are gone: a base is
-        not old on the day its last instance goes.
-        """
-        for name in self.usage.standing():
-            self.touch(name)
-        self.pruner.gc(dry_run=False)
-
-    def _repair(self, image: Image, cancellation: Cancellation) -> None:
-        """Fetch an image anew whose base was found damaged under instances."""
-        pin = f"repair of {image.id}"
-        try:
-            self.image_cache.acquire(
-                image,
-                pin=pin,
-                max_virtual_size=None,
-                cancellation=cancellation,
-                on_progress=lambda _: None,
-            )
-        finally:
-            self.image_cache.unpin(pin)
+    def _repair(self, image: Image) -> None:
+        """Have an image fetched anew whose base was found damaged under instances."""
+        self.agent.fetch_image(image.id, request_id="scrub")
 
     def summary(self) -> str:
         """Return one line for `systemctl status`."""
@@ -269,13 +244,22 @@ class _Parts:
         return f"{running} jobs running, {len(fetches)} images being fetched, {rate:.0f} MiB/s"
 
     def stop(self, timeout_s: float) -> None:
-        """Refuse new jobs, interrupt the running ones where they can go on, and close."""
+        """Refuse new jobs, interrupt the running ones where they can go on, and close.
+
+        All of it together takes `timeout_s` and, for the last answers, `CLOSING_S`.
+        """
+        deadline = time.monotonic() + timeout_s
+
+        def left() -> float:
+            return max(0.0, deadline - time.monotonic())
+
         self.agent.draining = True
         self.agent.stopping.cancel(AgentStopping("the agent is stopping"))
+        drained = self.worker.drain(left())
+        self.image_cache.close(left())
         if self.scrub is not None:
-            self.scrub.stop(timeout_s)
-        drained = self.worker.drain(timeout_s)
-        self.image_cache.close(timeout_s)
+            self.scrub.stop(left())
+        tidied = self.housekeeping.stop(left())
         for listener in self._listeners:
             listener.stop()
         if not drained:
@@ -284,8 +268,8 @@ class _Parts:
                 "is repeated after the restart",
                 timeout_s,
             )
-            return  # its thread may still write to the journal
-        self.journal.close()
+        if drained and tidied:  # else a thread may still write to the journal
+            self.journal.close()
 
 
 def _image_source(settings: Settings) -> ImageSource:

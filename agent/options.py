@@ -41,6 +41,18 @@ _DEFAULT: Final[list[cfg.Opt]] = [
         help="What images_type = default in [libvirt] means: qcow2 (copy on write, disks share "
         "the base) if true, raw (every disk is a full copy) if false.",
     ),
+    cfg.BoolOpt(
+        "force_raw_images",
+        default=True,
+        help="Keep every base as raw. Only true is possible in this release: bases of another "
+        "format do not exist.",
+    ),
+    cfg.StrOpt(
+        "preallocate_images",
+        default="none",
+        help="Only none is possible in this release: the space of a disk is taken when the guest "
+        "writes to it.",
+    ),
     cfg.StrOpt(
         "default_ephemeral_format",
         default=GuestFormat.EXT4.value,
@@ -263,6 +275,12 @@ _GLANCE: Final[list[cfg.Opt]] = [
         min=1.0,
         max=3600.0,
         help="Seconds without a single byte after which a fetch is broken off and resumed.",
+    ),
+    cfg.BoolOpt(
+        "verify_glance_signatures",
+        default=False,
+        help="Only false is possible in this release: it does not verify the signatures of "
+        "images, only their hashes.",
     ),
 ]
 

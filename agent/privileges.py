@@ -19,6 +19,7 @@ from typing import Final
 
 from oslo_config import cfg
 from oslo_privsep import capabilities
+from oslo_privsep.daemon import FailedToDropPrivileges
 from oslo_privsep.priv_context import Method
 
 from privsep import base_owner
@@ -39,6 +40,10 @@ class PrivilegesNotDropped(RuntimeError):
     """The agent holds a privilege it must not hold; it has to stop. Says which, and what to do."""
 
 
+class HelperNotStarted(RuntimeError):
+    """There is no helper, so the agent cannot start."""
+
+
 def start_helper() -> None:
     """Start the helper, drop all privileges of the agent and prove it.
 
@@ -53,8 +58,8 @@ def start_helper() -> None:
     Raises:
         PrivilegesNotDropped: the process is root, or some thread still holds
             a capability.
+        HelperNotStarted: it ended at its start, or its command failed.
         ValueError: the section is wrong.
-        oslo_privsep.daemon.FailedToDropPrivileges: the helper did not start.
     """
     refuse_root()
     # It reports its start in four lines and, at debug, every reply; oslo.log
@@ -66,14 +71,16 @@ def start_helper() -> None:
     section = dict(base_owner.conf)
     if section["helper_command"]:
         drop_all()
-        base_owner.start(Method.ROOTWRAP)
-    elif section["user"] or section["group"]:
+        with _start_reported():
+            base_owner.start(Method.ROOTWRAP)
+    elif (section["user"], section["group"]) != (None, None):
         raise ValueError(
             f"[{base_owner.cfg_section}] user and group are for a helper that helper_command "
             "starts: set helper_command as well, or remove them"
         )
     else:
-        _fork_helper()
+        with _start_reported():
+            _fork_helper()
         drop_all()
     verify()
 
@@ -170,6 +177,18 @@ def _fork_helper() -> None:
             LOG.exception("the privileged helper could not start")
             os._exit(_EX_OSERR)
         raise
+
+
+@contextmanager
+def _start_reported() -> Iterator[None]:
+    """Turn what a helper that does not start leads to into one sentence."""
+    try:
+        yield
+    except (FailedToDropPrivileges, OSError) as e:
+        raise HelperNotStarted(
+            f"the privileged helper did not start ({e}): see the log above, and helper_command in "
+            f"[{base_owner.cfg_section}] if it is set"
+        ) from e
 
 
 def _lower_expectations() -> None:

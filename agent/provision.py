@@ -18,8 +18,8 @@ class Provisioner:
 
     host: Host
     settle: Callable[[str, str, Cancellation], None]
-    """`settle(instance_uuid, job_id, cancellation)` ends every other job of an
-    instance, and returns when they have ended."""
+    """`settle(instance_uuid, job_id, cancellation)` ends every job of an instance
+    accepted before that one, and returns when they have ended."""
 
     def execute(self, request: JobRequest, recorder: Recorder, cancellation: Cancellation) -> None:
         """Do what `request` asks for, and record the result.
@@ -80,5 +80,5 @@ class Provisioner:
             recorder.finish(Status.DONE, "there is nothing left of the instance")
             return
         recorder.note(instance=InstanceReport(uuid=uuid, name=record.name))
-        remove_instance(self.host, uuid)
+        remove_instance(self.host, record)
         recorder.finish(Status.DONE, "the instance is gone")

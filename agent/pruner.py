@@ -106,12 +106,29 @@ class Pruner:
         )
 
     def _carry_out(self, decisions: Iterable[Decision]) -> Iterator[Decision]:
+        hindrance: BackendError | None = None
         for decision in decisions:
             entry = self._store.find(decision.base_name) if decision.remove else None
-            yield decision if entry is None else self._removed(entry, decision)
+            if entry is None:
+                yield decision
+                continue
+            if hindrance is None:
+                try:
+                    yield self._removed(entry, decision)
+                    continue
+                except BackendError as e:
+                    # It would be no clearer for the next one who needs it, and each
+                    # would wait anew for the host that holds the lock on the claims.
+                    LOG.error("no more bases can be removed for now: %s", e)
+                    hindrance = e
+            yield _kept(decision, str(hindrance))
 
     def _removed(self, entry: Entry, decision: Decision) -> Decision:
-        """Remove a base unless somebody needs it; return what became of it."""
+        """Remove a base unless somebody needs it; return what became of it.
+
+        Raises:
+            BackendError: who needs it cannot be known.
+        """
         lock = FileLock(self._store.lock_of(entry.name))
         if not lock.try_acquire():
             return _kept(decision, "somebody is at work on it right now")
@@ -122,7 +139,7 @@ class Pruner:
                     return _kept(decision, f"needed by {users.describe()}")
                 self._store.remove(entry.name)
                 self._usage.pins.remove(entry.name)  # an expired one
-        except (BootwrightError, OSError) as e:
+        except OSError as e:
             LOG.error("the base %s cannot be removed: %s", entry.path, e)
             return _kept(decision, str(e))
         finally:

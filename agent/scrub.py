@@ -24,7 +24,6 @@ from agent.views import Soundness
 LOG = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 600.0
-"""How often it looks whether a base is due."""
 
 _PRESSURE = Path("/proc/pressure/io")
 _PRESSED = 10.0
@@ -43,18 +42,22 @@ class Scrub:
         verifier: Verifier,
         *,
         interval_s: float,
-        repair: Callable[[Image, Cancellation], None],
+        repair: Callable[[Image], None],
         pressure: Path = _PRESSURE,
+        look_every_s: float = _LOOK_EVERY_S,
     ) -> None:
-        """Each base is verified every `interval_s`.
+        """Each base is verified every `interval_s`; whether one is due is looked
+        for every `look_every_s`.
 
-        `repair` fetches an image anew that instances stand on.
+        `repair` has an image fetched anew that instances stand on. It only asks
+        for that: what this thread started would have its priorities.
         """
         self._store = store
         self._verifier = verifier
         self._interval_s = interval_s
         self._repair = repair
         self._pressure = pressure
+        self._look_every_s = look_every_s
         self._cancellation = Cancellation()
         self._thread = threading.Thread(target=self._run, name="scrub", daemon=True)
 
@@ -70,8 +73,15 @@ class Scrub:
         _stand_back()
         try:
             while True:
-                self.run_once(self._cancellation)
-                self._cancellation.wait(_LOOK_EVERY_S)
+                try:
+                    self.run_once(self._cancellation)
+                except OSError as e:
+                    LOG.error("the scrub cannot look for bases, and tries again later: %s", e)
+                except AgentStopping:
+                    raise
+                except Exception:
+                    LOG.exception("the scrub failed by a defect of ours, and tries again later")
+                self._cancellation.wait(self._look_every_s)
         except AgentStopping:
             pass
 
@@ -79,6 +89,7 @@ class Scrub:
         """Verify the bases that are due.
 
         Raises:
+            OSError: it cannot be found out which.
             BootwrightError: what the cancellation was given.
         """
         for entry in self._due():
@@ -86,7 +97,7 @@ class Scrub:
                 self._verify(entry, cancellation)
             except NotFound:
                 continue  # removed meanwhile
-            except BootwrightError as e:
+            except (BootwrightError, OSError) as e:
                 cancellation.check()
                 LOG.error("scrubbing image %s: %s", entry.manifest.image.id, e)
 
@@ -96,7 +107,7 @@ class Scrub:
             image.id, cancellation, pause=lambda: self._give_way(cancellation)
         )
         if found.soundness is Soundness.DAMAGED and found.instances:
-            self._repair(image, cancellation)
+            self._repair(image)
 
     def _due(self) -> list[Entry]:
         limit = time.time() - self._interval_s
@@ -129,8 +140,8 @@ def _stand_back() -> None:
     thread = threading.get_native_id()
     # Linux gives each thread a nice value of its own: setpriority(2), "C library/kernel
     # differences".
-    os.setpriority(os.PRIO_PROCESS, thread, 19)
     try:
+        os.setpriority(os.PRIO_PROCESS, thread, 19)
         process.run(["ionice", "-c", "3", "-p", str(thread)], timeout_s=10)
-    except ProgramFailed as e:
-        LOG.warning("the scrub keeps the I/O priority of everybody else: %s", e)
+    except (OSError, ProgramFailed) as e:
+        LOG.warning("the scrub keeps the priorities of everybody else: %s", e)

@@ -88,6 +88,12 @@ class Agent:
                 "the agent is stopping and takes no new jobs", "try again when it is back"
             )
         digest = digest_of(request)
+        if request.idempotency_key is not None:
+            # Before anything is filled in: the instance of a job that is sent
+            # again may be gone, by that very job.
+            known = self._journal.by_key(request.idempotency_key, digest)
+            if known is not None:
+                return self._worker.live(known)
         if request.action is Action.DELETE and request.instance is not None:
             request = self._with_instance(request, self._identify(request.instance))
         elif request.instance is not None and request.instance.uuid is None:
@@ -119,17 +125,33 @@ class Agent:
         return request.model_copy(update={"instance": instance})
 
     def _identify(self, wanted: Instance) -> Instance:
-        """Return name and uuid of an instance that exists or is being made."""
-        key = str(wanted.uuid or wanted.name)
-        try:
-            record = self._instances.find(key)
-        except NotFound:
-            for job in self._journal.unfinished():
-                known = job.request.instance
-                if known is not None and key in (known.uuid, known.name):
-                    return known
-            raise
-        return Instance(uuid=record.uuid, name=record.name)
+        """Return name and uuid of an instance that exists or is being made.
+
+        Raises:
+            NotFound: there is none.
+            InvalidJob: its uuid is the wanted one, its name is another.
+        """
+        for known in self._existing_or_being_made():
+            if wanted.uuid not in (None, known.uuid):
+                continue
+            if wanted.uuid is None and wanted.name != known.name:
+                continue
+            if wanted.name not in (None, known.name):
+                raise InvalidJob(
+                    f"instance {wanted.uuid} is called {known.name}, not {wanted.name}",
+                    "give only the uuid, or only the name, of the one you mean",
+                )
+            return Instance(uuid=known.uuid, name=known.name)
+        raise NotFound(
+            f"there is no instance {wanted.uuid or wanted.name} on this host",
+            "bootwright instance list shows them",
+        )
+
+    def _existing_or_being_made(self) -> Iterator[Instance | InstanceRecord]:
+        yield from self._instances.all()
+        for job in self._journal.unfinished():
+            if job.request.instance is not None:
+                yield job.request.instance
 
     def job(self, job_id: str) -> JobReport:
         return self._worker.live(self._journal.get(job_id).report)
@@ -302,7 +324,8 @@ class Agent:
         path = self._instances.console_of(record.uuid)
         try:
             with path.open("rb") as file:
-                file.seek(offset)
+                # Further than a file can be long there is no seeking.
+                file.seek(min(offset, os.fstat(file.fileno()).st_size))
                 return file.read(CONSOLE_CHUNK)
         except FileNotFoundError:
             return b""

@@ -20,15 +20,16 @@ Commit, and what a crash at any point of it leaves:
 
 import contextlib
 import logging
+import re
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent import manifest as manifests
 from agent.errors import BackendError, NotFound
-from agent.files import UNFINISHED, fsync_directory, remove_tree
+from agent.files import UNFINISHED, fsync_directory, remove_tree, reporting_no_space
 from agent.image import Image
 from agent.locks import FileLock
 from agent.manifest import Identity, Manifest, base_name, manifest_path
@@ -36,7 +37,13 @@ from agent.partial import Partial
 
 LOG = logging.getLogger(__name__)
 
-_NAME_LENGTH = 40
+_NAME = re.compile(r"[0-9a-f]{40}")
+
+# All that `_base` itself ever holds: bases, their manifests, and what
+# `agent.files` writes to before it bears one of these names.
+_OURS = re.compile(
+    rf"({_NAME.pattern})(?:\.json)?|\.({_NAME.pattern})(?:\.json)?\.[0-9a-f]{{16}}\.tmp"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +84,7 @@ class Store:
         self.locks = directory / ".locks"
         self._partials = directory / ".partial"
         self._quarantine = directory / ".quarantine"
+        self._foreign: set[Path] = set()
         directory.mkdir(exist_ok=True)
         # The hypervisor's user has to pass through to a base it is given, and
         # to see nothing else on the way.
@@ -98,19 +106,22 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """Return the bases, most recently used first."""
-        found = [self.find(path.stem) for path in self.directory.glob("[!.]*.json")]
+        names = [path.stem for path in self.directory.glob("[!.]*.json")]
+        found = map(self.find, filter(_NAME.fullmatch, names))
         return sorted(filter(None, found), key=lambda entry: entry.last_used_at, reverse=True)
 
     def find(self, name: str) -> Entry | None:
+        """Return a base; one that the disk does not tell about is as good as none."""
         base = self.path_of(name)
-        manifest = manifests.read(manifest_path(base))
-        if manifest is None:
-            return None
         try:
+            manifest = manifests.read(manifest_path(base))
             status = base.lstat()
         except FileNotFoundError:
             return None
-        if not stat.S_ISREG(status.st_mode):
+        except OSError as e:
+            LOG.warning("the base %s is fetched anew when it is needed: %s", base, e)
+            return None
+        if manifest is None or not stat.S_ISREG(status.st_mode):
             return None
         return Entry(
             path=base,
@@ -133,24 +144,15 @@ class Store:
 
     def partials(self) -> list[PartialEntry]:
         """Return what is being fetched, or waits to be gone on with."""
-        found = []
-        for path in self._partials.iterdir():
-            try:
-                files = [file.stat() for file in path.iterdir()]
-                changed_at = max([path.stat().st_mtime, *(file.st_mtime for file in files)])
-            except FileNotFoundError:
-                continue
-            allocated = sum(file.st_blocks for file in files) * 512
-            found.append(PartialEntry(name=path.name, allocated=allocated, changed_at=changed_at))
-        return found
+        return list(filter(None, map(_partial_entry, self._partials.iterdir())))
 
     def allocated(self) -> int:
         """Return the bytes that all of it takes; a file with several names counts once."""
         inodes: dict[int, int] = {}
         folders = [self.directory, self._quarantine, *self._partials.iterdir()]
         for folder in folders:
-            # A partial may go while it is looked at.
-            with contextlib.suppress(FileNotFoundError):
+            # A partial may go while it is looked at, and a file be put beside it.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 for path in folder.iterdir():
                     with contextlib.suppress(FileNotFoundError):
                         status = path.lstat()
@@ -166,29 +168,65 @@ class Store:
         that instances stand on stays in its place until a sound one takes it.
 
         Raises:
-            BackendError: the file system refused; nobody will believe what is there.
+            BackendError, InsufficientFreeSpace: the file system refused; nobody will
+                believe what is there.
         """
-        aside = partial.directory / "manifest.json"
-        try:
-            manifests.write(aside, manifest)
+        with self._changing(name):
+            manifests.write(partial.directory / "manifest.json", manifest)
             data.rename(self.path_of(name))
             fsync_directory(self.directory)
-            self.complete(name, partial)
-        except OSError as e:
-            raise BackendError(
-                f"the base {self.path_of(name)} cannot be committed: {e}",
-                "check the file system and the kernel's log",
-            ) from e
+        self.complete(name, partial)
 
     def complete(self, name: str, partial: Partial) -> bool:
-        """Take the last step of a commit if all before it have been taken."""
+        """Take the last step of a commit if all before it have been taken.
+
+        Raises:
+            BackendError, InsufficientFreeSpace: as `commit`.
+        """
         path = self.path_of(name)
-        aside = manifests.read(partial.directory / "manifest.json")
-        if aside is None or not path.is_file() or aside.identity != manifests.identity(path):
-            return False
-        (partial.directory / "manifest.json").rename(manifest_path(path))
-        fsync_directory(self.directory)
-        return True
+        aside = partial.directory / "manifest.json"
+        with self._changing(name):
+            manifest = manifests.read(aside)
+            if manifest is None or not path.is_file():
+                return False
+            if manifest.identity != manifests.identity(path):
+                return False
+            aside.rename(manifest_path(path))
+            fsync_directory(self.directory)
+            return True
+
+    def update(self, name: str, manifest: Manifest) -> None:
+        """Replace the manifest of a base that was verified again.
+
+        Raises:
+            BackendError, InsufficientFreeSpace: it is as before.
+        """
+        with self._changing(name):
+            manifests.write(manifest_path(self.path_of(name)), manifest)
+
+    def forget(self, name: str) -> None:
+        """Make a base a file of no entry.
+
+        Overlays still find it; a fetch replaces it, and a sweep removes it when nobody needs it.
+
+        Raises:
+            BackendError: it is as before.
+        """
+        with self._changing(name):
+            manifest_path(self.path_of(name)).unlink(missing_ok=True)
+            fsync_directory(self.directory)
+
+    @contextlib.contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        path = self.path_of(name)
+        try:
+            with reporting_no_space(path, 0, "committing"):
+                yield
+        except OSError as e:
+            raise BackendError(
+                f"the base {path} or its manifest cannot be changed: {e}",
+                "check the file system and the kernel's log",
+            ) from e
 
     def remove(self, name: str) -> None:
         path = self.path_of(name)
@@ -203,60 +241,104 @@ class Store:
         With `in_use` the file itself stays where overlays look for it, until
         the image is fetched anew; only the manifest goes, so that nobody else
         is given it. A running guest has the old file open and goes on with it;
-        from its next start it reads the new one.
+        from its next start it reads the new one. What somebody has removed
+        meanwhile is no error.
+
+        Raises:
+            BackendError: the file system refused.
         """
         path = self.path_of(name)
         target = self._quarantine / f"{name}-{time.time():.0f}"
-        manifest_path(path).rename(manifest_path(target))
-        if not in_use:
-            path.rename(target)
-        fsync_directory(self._quarantine)
-        fsync_directory(self.directory)
+        with self._changing(name):
+            with contextlib.suppress(FileNotFoundError):
+                manifest_path(path).rename(manifest_path(target))
+                if not in_use:
+                    path.rename(target)
+            fsync_directory(self._quarantine)
+            fsync_directory(self.directory)
 
     # Leftovers
 
     def sweep(self, *, partials_s: float, quarantine_s: float, keep: Callable[[str], bool]) -> None:
         """Remove what no entry and nobody at work needs.
 
-        That is partials nobody went on with for `partials_s`, what has been in
-        quarantine for `quarantine_s`, and files of no entry at once: what is
-        being made is locked. A base that `keep` asks for stays, entry or not:
-        it may be all that some instance has.
+        That is partials nobody went on with for `partials_s`, or whose image is
+        here by now; what has been in quarantine for `quarantine_s`; and at once
+        files of no entry: what is being made is locked. A base that `keep` asks
+        for stays, entry or not: it may be all that some instance has. Whatever
+        does not bear a name of ours is left alone. What one name meets does not
+        keep the others from being swept.
         """
-        limit = time.time() - partials_s
-        stale = {entry.name for entry in self.partials() if entry.changed_at < limit}
-        strays = {
-            path.name.removeprefix(".")[:_NAME_LENGTH]
+        names = {entry.name for entry in self.partials()} | {
+            name
             for path in self.directory.iterdir()
-            if path.is_file() and not self._is_of_entry(path)
+            if path.is_file()
+            and (name := self._owner(path)) is not None
+            and not self._is_of_entry(path)
         }
-        for name in sorted(stale | strays):
+        for name in sorted(filter(_NAME.fullmatch, names)):
             lock = FileLock(self.lock_of(name))
-            if not lock.try_acquire():
-                continue  # somebody is at work on it
             try:
-                self._sweep_one(name, stale=name in stale, keep=keep)
+                if lock.try_acquire():  # or somebody is at work on it
+                    self._sweep_one(name, partials_s=partials_s, keep=keep)
+            except (OSError, BackendError) as e:
+                LOG.error("what is left of the base %s cannot be removed: %s", name, e)
             finally:
                 lock.release()
         _remove(p for p in self.directory.glob(f".*/{UNFINISHED}") if _age(p) > partials_s)
         _remove(p for p in self._quarantine.iterdir() if _age(p) > quarantine_s)
 
-    def _sweep_one(self, name: str, *, stale: bool, keep: Callable[[str], bool]) -> None:
-        partial = self._partials / name
-        if stale and partial.is_dir():
-            LOG.info("removing the partial %s, which nobody has gone on with", partial)
-            remove_tree(partial)
+    def _sweep_one(self, name: str, *, partials_s: float, keep: Callable[[str], bool]) -> None:
+        base = self.path_of(name)
+        partial = _partial_entry(self._partials / name)
+        if partial is not None and self._outlived(partial, partials_s):
+            LOG.info("removing the partial of %s, which nobody goes on with", base)
+            remove_tree(self._partials / name)
+            partial = None
         # Beside a partial it may be what an interrupted commit is completed with.
-        spared = name if partial.is_dir() or keep(name) else None
+        spared = base if partial is not None or keep(name) else None
         _remove(
             path
-            for path in [*self.directory.glob(f"{name}*"), *self.directory.glob(f".{name}*")]
-            if path.is_file() and path.name != spared and not self._is_of_entry(path)
+            for path in [base, manifest_path(base), *self.directory.glob(f".{name}{UNFINISHED}")]
+            if path != spared and self._owner(path) == name and not self._is_of_entry(path)
         )
 
+    def _outlived(self, partial: PartialEntry, partials_s: float) -> bool:
+        entry = self.find(partial.name)
+        here = entry is not None and entry.recognised
+        return here or partial.changed_at < time.time() - partials_s
+
+    def _owner(self, path: Path) -> str | None:
+        """Return the name of the base that a file in `_base` belongs to."""
+        match = _OURS.fullmatch(path.name)
+        if match is not None:
+            return match[1] or match[2]
+        if path not in self._foreign:
+            self._foreign.add(path)
+            LOG.warning("%s is none of the image cache's files and is left alone", path)
+        return None
+
     def _is_of_entry(self, path: Path) -> bool:
-        base = path.with_suffix("") if path.suffix == ".json" else path
-        return base.is_file() and manifests.read(manifest_path(base)) is not None
+        if path.name.startswith("."):
+            return False
+        base = path.with_suffix("")
+        try:
+            return base.is_file() and manifests.read(manifest_path(base)) is not None
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # nobody can know
+
+
+def _partial_entry(directory: Path) -> PartialEntry | None:
+    """Return what is there of a partial; None if it is none, or has just gone."""
+    try:
+        files = [file.stat() for file in directory.iterdir()]
+        changed_at = max([directory.stat().st_mtime, *(file.st_mtime for file in files)])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    allocated = sum(file.st_blocks for file in files) * 512
+    return PartialEntry(name=directory.name, allocated=allocated, changed_at=changed_at)
 
 
 def _age(path: Path) -> float:
@@ -269,5 +351,6 @@ def _age(path: Path) -> float:
 
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
-        LOG.info("removing %s, which belongs to no entry of the cache", path)
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            LOG.info("removing %s, which belongs to no entry of the cache", path)
+            path.unlink(missing_ok=True)

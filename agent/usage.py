@@ -11,16 +11,19 @@ A guest has no say in any of it: none of this is read from a disk it can write.
 """
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from agent.claims import Claims
-from agent.errors import BackendError
+from agent.errors import BackendError, BootwrightError
 from agent.instances import Instances
 from agent.pins import OperatorPin, OperatorPins
 from agent.store import Store
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +73,7 @@ class Usage:
         Whoever looks for the base afterwards and finds it can rely on it.
 
         Raises:
-            BackendError: the claim cannot be written.
+            BackendError, InsufficientFreeSpace: the claim cannot be written.
         """
         with self._lock:
             self._jobs.setdefault(base_name, set()).add(job)
@@ -127,14 +130,23 @@ class Usage:
 
     @contextlib.contextmanager
     def held_still(self) -> Iterator[None]:
-        """Let nobody pin a base during the block, on any host: what `of` says stays true."""
+        """Let nobody pin a base during the block, on any host: what `of` says stays true.
+
+        Raises:
+            BackendError: another host does not let go of the lock on the claims.
+        """
         with self._claims.held_still():
             yield
 
     def settle(self) -> None:
-        """Tell other hosts which bases this one no longer needs."""
-        if not self._instances.unreadable:
+        """Tell other hosts which bases this one no longer needs, if they can be told."""
+        if self._instances.unreadable:
+            return
+        try:
             self._claims.shrink(self._needed)
+        except (BootwrightError, OSError) as e:
+            # The file system may be full: what would free it must not wait for this.
+            LOG.warning("the claims of this host stay as they are, and may keep too much: %s", e)
 
     def _needed(self) -> frozenset[str]:
         with self._lock:

@@ -125,6 +125,8 @@ class Soundness(enum.StrEnum):
     """Nobody had hashed its bytes before; from now on they are held against this hash."""
     DAMAGED = "damaged"
     """It is out of the cache, and is fetched anew when it is needed."""
+    UNRECOGNISED = "unrecognised"
+    """It is not the file it was, and nobody had hashed its bytes: out of the cache likewise."""
 
 
 class Verification(_View):
@@ -134,7 +136,8 @@ class Verification(_View):
     path: str
     soundness: Soundness
     digest: str
-    """`algorithm:hex` of the bytes of the base, as they are."""
+    """`algorithm:hex` of the bytes of the base, as they are; or at which byte they are
+    unreadable. Empty if it was not read."""
     expected: str | None = None
     instances: tuple[str, ...] = ()
     """Names of those that stand on it; told when it is damaged."""

@@ -22,6 +22,9 @@ from agent.report import JobReport, Status
 
 LOG = logging.getLogger(__name__)
 
+# Until a journal that could not be written is tried again.
+AGAIN_S = 10.0
+
 Execute = Callable[[JobRequest, Recorder, Cancellation], None]
 """Does a job, or undoes what an earlier run made of it if it is cancelled from the start."""
 
@@ -41,8 +44,8 @@ class Worker:
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
-        # Jobs that a stop or a crash interrupted, cancelled before their turn.
-        self._cancelled: dict[str, Cancelled] = {}
+        # Jobs that came to their turn before a delete that was accepted before them.
+        self._held: list[str] = []
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._work, name=f"worker-{number}")
@@ -68,7 +71,10 @@ class Worker:
         return report if running is None else running.recorder.report
 
     def cancel(self, job_id: str, message: str) -> None:
-        """End a job as soon as it can be ended; one that has ended stays as it is.
+        """Have a job end as soon as it can; one that has ended stays as it is.
+
+        Durable: a job that is not at its end when this returns comes to it after
+        a restart of the agent too.
 
         Raises:
             NotFound: there is no such job.
@@ -81,12 +87,12 @@ class Worker:
         # Under the lock a job cannot begin to run between the two looks.
         with self._lock:
             running = self._running.get(job_id)
-            if running is None:
-                job = self._journal.get(job_id)
-                if job.report.status in at_once:
-                    Recorder(self._journal, job).finish(Status.CANCELLED, reason.message, reason)
-                elif not job.report.status.final:
-                    self._cancelled[job_id] = reason
+            job = self._journal.get(job_id)
+            if running is None and job.report.status in at_once:
+                Recorder(self._journal, job).finish(Status.CANCELLED, reason.message, reason)
+                self._let_go()
+            elif not job.report.status.final:
+                self._journal.cancel(job_id, reason.message)
         if running is not None:
             running.cancellation.cancel(reason)
 
@@ -94,17 +100,16 @@ class Worker:
         return all(thread.is_alive() for thread in self._threads)
 
     def settle(self, instance_uuid: str, job_id: str, cancellation: Cancellation) -> None:
-        """End every other job that makes that instance, and wait until they have ended.
+        """End every job that makes that instance, of those accepted before delete `job_id`.
+
+        Returns when they have ended. What was accepted later waits for the delete.
 
         Raises:
             BootwrightError: the reason of `cancellation`, which is the waiting job's.
         """
         others = [
             job.report.id
-            for job in self._journal.unfinished()
-            if job.request.instance is not None
-            and job.request.instance.uuid == instance_uuid
-            and job.request.action is not Action.DELETE
+            for job in self._journal.unfinished_before(job_id, instance_uuid=instance_uuid)
         ]
         reason = Cancelled(f"the instance is being deleted by job {job_id}")
         for other in others:
@@ -141,9 +146,17 @@ class Worker:
             job, running = begun
             try:
                 self._run(job, running)
+            except BootwrightError as e:
+                # How it ended could not be journaled, so for the journal it has
+                # not: it runs again, and finds most of itself done.
+                LOG.error("%s; the job runs again in %d s", e, AGAIN_S)
+                again = threading.Timer(AGAIN_S, self.enqueue, [job_id])
+                again.daemon = True
+                again.start()
             finally:
                 with self._lock:
                     del self._running[job_id]
+                    self._let_go()
                 with self._journal.changed:
                     self._journal.changed.notify_all()
 
@@ -152,18 +165,40 @@ class Worker:
             job = self._journal.get(job_id)
             if self._stopping or job.report.status.final or job_id in self._running:
                 return None
-            deadline = job.request.deadline_s
-            if deadline is not None:
-                # It counts from the acceptance, over restarts of the agent too.
-                deadline = max(0.0, job.report.created_at + deadline - time.time())
+            if self._delete_before(job):
+                self._held.append(job_id)
+                return None
             running = _Running(
-                recorder=Recorder(self._journal, job), cancellation=Cancellation(deadline)
+                recorder=Recorder(self._journal, job),
+                # It counts from the acceptance, over restarts of the agent too.
+                cancellation=Cancellation(
+                    job.request.deadline_s, elapsed_s=time.time() - job.report.created_at
+                ),
             )
             self._running[job_id] = running
-            cancelled = self._cancelled.pop(job_id, None)
-        if cancelled is not None:
-            running.cancellation.cancel(cancelled)
+        if job.cancelled is not None:
+            running.cancellation.cancel(Cancelled(job.cancelled))
         return job, running
+
+    def _delete_before(self, job: Job) -> bool:
+        """Whether a delete of the job's instance that was accepted before it has not ended."""
+        instance = job.request.instance
+        return (
+            instance is not None
+            and instance.uuid is not None
+            and any(
+                other.request.action is Action.DELETE
+                for other in self._journal.unfinished_before(
+                    job.report.id, instance_uuid=instance.uuid
+                )
+            )
+        )
+
+    def _let_go(self) -> None:
+        """A job has ended: let those that were held look again; under the lock."""
+        for job_id in self._held:
+            self._queue.put(job_id)
+        self._held.clear()
 
     def _run(self, job: Job, running: _Running) -> None:
         recorder = running.recorder

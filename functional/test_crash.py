@@ -386,6 +386,28 @@ def test_job_that_was_acknowledged_is_done_and_only_once(
         assert [report.id for report in client.jobs()] == [job_id]
 
 
+def test_cancel_that_was_acknowledged_counts_after_a_kill(
+    make_agent: MakeAgent, small: Sample, libvirtd: PrivateLibvirtd
+) -> None:
+    agent = make_agent()
+    lock = agent.bases / ".locks" / agent.base(small.image_id).name
+    with ExitStack() as frozen:
+        with held(lock, agent.instances):
+            report = submit(agent, job(small.image_id))
+            until(in_phase(agent, report.id, TaskState.IMAGE_DOWNLOADING))
+            frozen.enter_context(libvirtd.frozen())
+        until(in_phase(agent, report.id, TaskState.SPAWNING))
+        with Client(agent.socket) as client:
+            assert not client.cancel(report.id).status.final
+
+        agent.kill()
+    agent.start()
+
+    assert final(agent, report.id).status is Status.CANCELLED
+    assert libvirtd.domains() == {}
+    assert {path.name for path in agent.instances.iterdir()} == {"_base"}
+
+
 def test_killed_delete_leaves_nothing_in_the_end(
     make_agent: MakeAgent, small: Sample, libvirtd: PrivateLibvirtd
 ) -> None:

@@ -96,9 +96,10 @@ def test_a_glance_that_restarts_in_the_middle_is_waited_for(
     make_agent: MakeAgent, work: Path, blob: Path
 ) -> None:
     venv = glances.install(CACHE / "openstack")
-    with Glance(venv, work / "restarting-glance") as glance, FaultProxy(
-        glance.url, [Fault(rate=20 * MIB)]
-    ) as proxy:
+    with (
+        Glance(venv, work / "restarting-glance") as glance,
+        FaultProxy(glance.url, [Fault(rate=20 * MIB)]) as proxy,
+    ):
         image_id = glance.upload(blob, disk_format="raw")
         agent = agent_behind(make_agent, proxy, num_retries=20)
         fetch = threading.Thread(target=agent.json, args=("image", "fetch", image_id))

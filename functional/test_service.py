@@ -8,11 +8,12 @@ import hashlib
 import http.client
 import json
 import os
-import pwd
 import signal
 import socket
+import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,9 @@ BindReadOnlyPaths={ENVIRONMENT} {CHECKOUT}
 ExecStopPost=/bin/sh -c 'echo ${{SERVICE_RESULT}} ${{EXIT_CODE}} ${{EXIT_STATUS}} >{STOPPED}'
 """
 IMAGE_ID: Final = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
-BASE: Final = "/var/lib/bootwright/instances/_base/0d5e6b61602d758984b3bf038267614d6016eb2a"
+VMDK_ID: Final = "4f6a0d3a-2c3c-4f0f-9a3c-1f0b7c1a9b52"
+INSTANCES: Final = "/var/lib/bootwright/instances"
+LEFTOVER: Final = "c5b1f0de-7a52-4b6e-8b1c-0b8c3a2f9d11"
 QEMU_USER: Final = "libvirt-qemu"
 WAIT_S: Final = 60.0
 
@@ -81,20 +84,36 @@ class Service:
 
     def request(self, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
         connection = UnixConnection(self.machine.path(SOCKET))
-        connection.request(method, path, body, {"Content-Type": "application/octet-stream"})
+        kind = "json" if path == "/v1/jobs" else "octet-stream"
+        connection.request(method, path, body, {"Content-Type": f"application/{kind}"})
         response = connection.getresponse()
         content = response.read()
         connection.close()
         is_json = "json" in (response.getheader("Content-Type") or "")
         return response.status, json.loads(content) if is_json else content
 
+    def add(self, image_id: str, disk_format: str, content: bytes) -> None:
+        """Put an image into the image source."""
+        query = f"id={image_id}&name=tiny&disk_format={disk_format}"
+        status, answer = self.request("POST", f"/v1/images?{query}", content)
+        assert status == 201, answer
+
     def fetch(self, image_id: str) -> dict[str, Any]:
         """Have the image in the cache; the report of the job that saw to it."""
-        status, job = self.request("POST", f"/v1/images/{image_id}/fetch")
+        return self.run(f"/v1/images/{image_id}/fetch")
+
+    def run(self, path: str, document: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Do the job that a request stands for; its report."""
+        body = None if document is None else json.dumps(document).encode()
+        status, job = self.request("POST", path, body)
         assert status == 202, job
         status, job = self.request("GET", f"/v1/jobs/{job['id']}/wait?timeout={WAIT_S:.0f}")
         assert (status, job["status"]) == (200, "DONE"), job.get("error", job)
         return dict(job)
+
+    def base(self, image_id: str) -> Path:
+        name = hashlib.sha1(image_id.encode(), usedforsecurity=False).hexdigest()
+        return self.machine.path(f"{INSTANCES}/_base/{name}")
 
     def process(self, pid: int) -> Path:
         return self.machine.path(f"/proc/{pid}")
@@ -171,6 +190,65 @@ def test_started_service_is_ready_and_answers(service: Service) -> None:
     assert service.request("GET", "/healthz")[0] == 200
 
 
+def test_start_is_not_over_before_leftovers_are_swept(service: Service) -> None:
+    service.systemctl("stop")
+    leftover = service.machine.path(f"{INSTANCES}/{LEFTOVER}")
+    leftover.mkdir()
+    # As the agent would have made it.
+    instances = leftover.parent.stat()
+    os.chown(leftover, instances.st_uid, instances.st_gid)
+
+    service.systemctl("start")
+
+    assert not leftover.exists()
+
+
+def test_image_of_a_foreign_format_is_converted_in_the_sandbox(
+    service: Service, tmp_path: Path
+) -> None:
+    content = hashlib.sha512(b"disk").digest() * 1024 * 16
+    raw, vmdk = tmp_path / "disk.raw", tmp_path / "disk.vmdk"
+    raw.write_bytes(content)
+    options = ["-o", "subformat=streamOptimized"]
+    subprocess.run(
+        ["qemu-img", "convert", "-f", "raw", "-O", "vmdk", *options, raw, vmdk], check=True
+    )
+    service.add(VMDK_ID, "vmdk", vmdk.read_bytes())
+
+    service.fetch(VMDK_ID)
+
+    assert service.base(VMDK_ID).read_bytes() == content
+    # A kernel or a filter without Landlock would have been warned of.
+    assert "refuses Landlock" not in service.journal()
+
+
+def test_disks_are_formatted_in_the_sandbox(service: Service) -> None:
+    service.add(image_id := str(uuid.uuid4()), "raw", bytes(1 << 20))
+    document = {
+        "action": "prepare",
+        "instance": {"name": "web-1"},
+        "flavor": {
+            "vcpus": 1,
+            "ram": 64,
+            "disk": 1,
+            "ephemeral": [{"size": 1, "guest_format": "ext4"}],
+            "swap": 8,
+        },
+        "image": {"id": image_id},
+        "networks": [],
+    }
+
+    job = service.run("/v1/jobs", document)
+
+    paths = {disk["role"]: disk["path"] for disk in job["disks"]}
+    found = {
+        role: service.machine.run(["blkid", "-p", "-o", "value", "-s", "TYPE", path]).stdout.strip()
+        for role, path in paths.items()
+        if role in ("ephemeral", "swap")
+    }
+    assert found == {"ephemeral": "ext4", "swap": "swap"}
+
+
 def test_only_the_helper_holds_a_capability(service: Service) -> None:
     agent, helper = service.process(service.main_pid()), service.process(service.helper_pid())
     threads = [(task / "status").read_text() for task in (agent / "task").iterdir()]
@@ -185,21 +263,22 @@ def test_only_the_helper_holds_a_capability(service: Service) -> None:
 
 def test_helper_refreshes_a_base_that_belongs_to_qemu(service: Service) -> None:
     content = hashlib.sha512(b"base").digest() * 1024
-    query = f"id={IMAGE_ID}&name=tiny&disk_format=raw"
-    status, answer = service.request("POST", f"/v1/images?{query}", content)
-    assert status == 201, answer
+    service.add(IMAGE_ID, "raw", content)
     service.fetch(IMAGE_ID)
-    base = service.machine.path(BASE)
+    base = service.base(IMAGE_ID)
     assert base.read_bytes() == content
     # What libvirt does when a domain that stands on the base starts.
-    qemu = int(service.machine.run(["id", "--user", QEMU_USER]).stdout)
-    os.chown(base, qemu, pwd.getpwnam(QEMU_USER).pw_uid)
+    user, group = (
+        int(service.machine.run(["id", option, QEMU_USER]).stdout)
+        for option in ("--user", "--group")
+    )
+    os.chown(base, user, group)
     os.utime(base, (1, 1))
 
     service.fetch(IMAGE_ID)
 
     assert base.stat().st_mtime > 1
-    assert base.stat().st_uid == qemu
+    assert (base.stat().st_uid, base.stat().st_gid) == (user, group)
 
 
 def test_dead_helper_brings_a_new_agent(service: Service) -> None:

@@ -12,9 +12,9 @@ INSTANCES_PATH = cfg.StrOpt(
     "instances_path",
     default="/var/lib/bootwright/instances",
     regex=r"^/[^\0]*$",
-    help="Directory of the instances, of the image cache and of the locks: an absolute path on "
-    "a local filesystem. Neither its last component nor the image cache in it may be a symbolic "
-    "link. Read once, at start.",
+    help="Directory of the instances, with the image cache in it: an absolute path on a local "
+    "filesystem. Neither its last component nor the image cache in it may be a symbolic link. "
+    "Read once, at start.",
 )
 
 SUBDIRECTORY_NAME = cfg.StrOpt(
@@ -22,7 +22,8 @@ SUBDIRECTORY_NAME = cfg.StrOpt(
     default="_base",
     regex=r"^(?!\.{1,2}$)[^/\0]+$",
     help="Name of the directory of the image cache inside instances_path: one name, not a path. "
-    "Read once, at start.",
+    "The locks of the bases are in it too (.locks), because hosts that share it have to share "
+    "them. Read once, at start.",
 )
 
 

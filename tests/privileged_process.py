@@ -10,11 +10,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+from click.testing import CliRunner
 from oslo_config import cfg
 
-from agent import privileges
+from agent import cli, privileges
 from privsep import base_images
 
 FOREIGN = "0d5e6b61602d758984b3bf038267614d6016eb2a"
@@ -109,9 +111,18 @@ def start() -> dict[str, object]:
     """Just start, or say what the configuration lacks."""
     try:
         privileges.start_helper()
-    except ValueError as error:
+    except (ValueError, privileges.HelperNotStarted) as error:
         return {"error": str(error)}
     return {"error": "", "touched": refusal(FOREIGN) == "", "holdings": holdings()}
+
+
+def serve(socket: str) -> dict[str, object]:
+    """Run the whole agent on `socket`, which cannot be made."""
+    configuration = sys.argv[3]
+    result = CliRunner().invoke(
+        cli.main, ["--config-file", configuration, "--socket", socket, "agent"]
+    )
+    return {"error": result.stderr, "exit_code": result.exit_code}
 
 
 def main() -> None:
@@ -121,13 +132,15 @@ def main() -> None:
         logging.getLogger(talkative).setLevel(logging.WARNING)
     cfg.CONF(["--config-file", configuration])
     cfg.CONF.set_override("instances_path", instances_path)
-    result = {
+    scenarios: dict[str, Callable[..., dict[str, object]]] = {
         "touch": touch,
         "die": die,
         "interrupted": interrupted,
         "early_thread": early_thread,
         "start": start,
-    }[scenario](*names)
+        "serve": serve,
+    }
+    result = scenarios[scenario](*names)
     sys.stdout.write(json.dumps(result) + "\n")
 
 

@@ -14,7 +14,7 @@ import pytest
 from agent.api import LARGEST_JOB, create_app, create_metrics_app
 from agent.listener import Listener, ListenError, MetricsListener
 from tests.api_server import http, listener, service, socket_path
-from tests.fake_service import FakeService
+from tests.fake_service import INSTANCE_UUID, FakeService
 
 __all__ = ["http", "listener", "service", "socket_path"]
 
@@ -202,6 +202,34 @@ def test_probes_and_schema(http: httpx.Client, service: FakeService) -> None:
     schema = http.get("/v1/openapi.json").json()
     assert "JobRequest" in schema["components"]["schemas"]
     assert "/v1/jobs/{job_id}/wait" in schema["paths"]
+
+
+def test_the_schema_promises_the_errors_that_are_answered(http: httpx.Client) -> None:
+    schema = http.get("/v1/openapi.json").json()
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    answer = {"schema": {"$ref": "#/components/schemas/Answer"}}
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"], path
+            content = operation["responses"]["default"]["content"]
+            assert content["application/json"] == answer, path
+
+
+@pytest.mark.parametrize(
+    "query", ["events?follow=false&since={}", "instances/web-1/console?offset={}"]
+)
+def test_no_number_is_too_large_to_be_refused(http: httpx.Client, query: str) -> None:
+    http.post("/v1/jobs", json=JOB)
+    response = http.get("/v1/" + query.format(10**23))
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "InvalidJob"
+    assert http.get("/v1/" + query.format(2**63 - 1)).status_code == 200
+
+
+def test_an_instance_is_asked_for_by_any_spelling_of_its_uuid(http: httpx.Client) -> None:
+    response = http.get(f"/v1/instances/{INSTANCE_UUID.upper()}")
+    assert response.status_code == 404
+    assert INSTANCE_UUID in str(error_of(response)["message"])
 
 
 def test_socket_is_for_owner_and_group_only(listener: Listener, socket_path: Path) -> None:

@@ -16,6 +16,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from agent.cli import main
+from agent.commands import configuration
+from agent.commands.command import Invocation
 from agent.listener import Listener
 from agent.report import ErrorReport
 from agent.views import Check
@@ -252,6 +254,26 @@ def test_images_are_fetched_shown_and_removed(cli: Cli) -> None:
     assert "free" in cli("cache", "status").stdout
 
 
+def test_a_refused_fetch_does_not_hide_the_jobs_before_it(cli: Cli, service: FakeService) -> None:
+    result = cli("image", "fetch", "img-1", "not an id", "--format", "json")
+    assert result.exit_code == 4
+    (job,) = json.loads(result.stdout)["jobs"]
+    assert job["id"] in service.all_jobs
+    assert "NotFound" in result.stderr
+    assert cli("image", "fetch", "not an id").stdout == ""
+
+
+def test_global_options_stand_anywhere(cli: Cli) -> None:
+    for args in (("--format", "json", "image", "list"), ("image", "--format", "json", "list")):
+        assert json.loads(cli(*args).stdout) == {"images": []}
+    assert cli("image", "list", "--format", "json").exit_code == 0
+
+
+def test_events_since_more_than_there_can_be_is_wrong_usage(cli: Cli) -> None:
+    assert cli("job", "events", "--since", str(10**23)).exit_code == 2
+    assert cli("job", "events", "--since", str(2**63 - 1)).exit_code == 0
+
+
 def test_an_image_is_pinned_and_gc_tells_first_what_it_does(cli: Cli) -> None:
     cli("image", "fetch", "img-1", "img-2")
     assert cli("image", "pin", "img-1", "--for", "7d").exit_code == 0
@@ -311,6 +333,7 @@ def test_status_exits_5_when_degraded(cli: Cli, service: FakeService) -> None:
     result = cli("status", "--format", "json")
     assert result.exit_code == 5
     assert json.loads(result.stdout)["checks"][0]["ok"] is False
+    assert json.loads(result.stdout)["degraded"] is True
     assert "libvirt: away (start it)" in result.stderr
 
 
@@ -384,6 +407,36 @@ def test_config_check_and_show(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert f"{file}: [DEFAULT] max_concurrent_builds = 0" in result.stderr
     assert alone("agent", "--config-file", str(file)).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("c.conf", "[glance] auth_type = v3applicationcredential"),
+        ("none.conf", "no such configuration file"),
+        ("\0", "embedded null byte"),  # nobody expects that
+    ],
+)
+def test_a_configuration_that_cannot_be_read_again_does_not_end_the_agent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, words: str
+) -> None:
+    (tmp_path / "c.conf").write_text(
+        "[glance]\nauth_type = v3applicationcredential\nauth_url = http://k\n"
+        "application_credential_id = a\n"
+    )
+    configuration._reload(Invocation(config_file=(str(tmp_path / file),)))
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert words in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the agent refuses to start as root only")
+def test_an_agent_that_cannot_start_says_so_in_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "c.conf"
+    file.write_text("[images]\nsource = directory\n")
+    result = alone("agent", "--config-file", str(file))
+    assert result.exit_code == 1
+    assert "the agent ends: the agent does not run as root" in result.stderr
 
 
 def test_the_socket_is_found_through_the_configuration(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from oslo_config import cfg, types
 
-from agent import config
+from agent import config, config_files
 from agent.config import ConfigError, Configuration
 from agent.config_files import api_socket
 from agent.job import GuestFormat, ImagesType
@@ -153,6 +153,12 @@ def test_known_names_are_not_warned_of(write: Write) -> None:
         ("[api]\nmetrics_listen = 127.0.0.1:70000\n", ["1 to 65535"]),
         ("[api]\nmetrics_listen = 999.0.0.1:80\n", ["999.0.0.1"]),
         ("[api]\nsocket = /" + "x" * 120 + "\n", ["107"]),
+        ("[api]\nsocket_group = nobodys\n", ["socket_group = nobodys", "no such group"]),
+        ("[privsep_base_owner]\nuser = root\n", ["user = root", "set helper_command as well"]),
+        ("[privsep_base_owner]\ngroup = kvm\n", ["group = kvm", "set helper_command as well"]),
+        ("[glance]\nverify_glance_signatures = true\n", ["does not verify signatures"]),
+        ("[DEFAULT]\nforce_raw_images = false\n", ["force_raw_images = false", "only true"]),
+        ("[DEFAULT]\npreallocate_images = space\n", ["preallocates no disk", "only none"]),
     ],
 )
 def test_absurd_value_names_file_section_key_value_and_what_is_allowed(
@@ -172,6 +178,35 @@ def test_glance_without_a_place_or_credentials_stops_the_start(write: Write) -> 
     assert "endpoint_override" in problem("", write)
     found = problem("[glance]\nauth_type = password\nusername = u\n", write)
     assert "auth_url" in found
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        (
+            "auth_type = v3applicationcredential\napplication_credential_id = a\n",
+            "application_credential_secret",
+        ),
+        ("auth_type = v3password\nusername = u\npassword = p\n", "user_domain_name"),
+    ],
+)
+def test_what_the_plugin_refuses_names_its_section_and_its_options(
+    write: Write, text: str, option: str
+) -> None:
+    found = problem(f"[glance]\nauth_url = http://k:5000\n{text}", write)
+    assert "[glance] auth_type = v3" in found
+    assert option in found
+
+
+def test_credentials_may_stand_in_a_section_of_their_own(write: Write) -> None:
+    keystone = "[keystone]\nauth_type = password\nauth_url = http://k:5000\nusername = u\n"
+    file = write(f"[glance]\nauth_section = keystone\n{keystone}")
+    glance = settings(file).images.glance
+    assert glance is not None
+    assert glance.session.auth is not None
+    assert read(file).warnings() == []
+    with pytest.raises(ConfigError, match=r"\[keystone\] auth_type = pasword"):
+        read(write(f"[glance]\nauth_section = keystone\n{keystone.replace('password', 'pasword')}"))
 
 
 def test_unknown_authentication_plugin_names_those_there_are(write: Write) -> None:
@@ -213,13 +248,32 @@ def test_clients_learn_the_socket_and_nothing_else(write: Write) -> None:
     assert api_socket([write("")]) == Path("/run/bootwright/bootwright.sock")
 
 
+def test_a_socket_that_is_no_path_is_said_in_words(write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"\[api\] socket .* no absolute path") as caught:
+        api_socket([write("[api]\nsocket = relative\n")])
+    assert "LocationInfo" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become someone else")
+def test_a_closed_directory_is_said_to_be_unreadable(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    (closed / "conf.d").mkdir(parents=True)
+    closed.chmod(0)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(config_files.Unreadable, match="try as root"):
+            config_files.find((), (str(closed / "conf.d"),))
+    finally:
+        os.seteuid(0)
+
+
 def test_the_global_configuration_of_the_helper_is_read_too(write: Write) -> None:
     import privsep
 
     path = write(LOCAL + "[DEFAULT]\ninstances_path = /srv/i\n")
     try:
         for _ in range(2):
-            assert config.load([path]).instances_path == Path("/srv/i")
+            assert Configuration([path]).settings().instances_path == Path("/srv/i")
             assert cfg.CONF.instances_path == "/srv/i"
         assert privsep.base_owner.conf.helper_command is None
     finally:

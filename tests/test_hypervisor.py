@@ -3,6 +3,7 @@
 What needs a daemon (restarts, permissions, real guests) is in functional/.
 """
 
+import os
 import socket
 import threading
 import time
@@ -136,6 +137,51 @@ def test_daemon_that_accepts_and_never_answers_costs_no_more_than_the_limit(
         with pytest.raises(HypervisorError, match=r"no answer within 0\.2 s"):
             hypervisor.domains()
         assert time.monotonic() - began < 5
+
+
+def test_what_was_said_to_have_failed_is_not_done_later(tmp_path: Path) -> None:
+    # The driver reads its host from a file; from a pipe it waits until somebody writes one.
+    pipe = tmp_path / "node.xml"
+    os.mkfifo(pipe)
+    slow = Hypervisor(f"test://{pipe}", virt_type="test", work_limit_s=0.2)
+    domain_uuid = str(uuid.uuid4())
+    with pytest.raises(HypervisorError, match="no answer"):
+        slow.define(domain_xml("late", domain_uuid))
+
+    pipe.write_text("<node/>")
+    until_no_call_is_left()
+
+    assert slow.state(domain_uuid) is None
+    slow.close()
+
+
+def until_no_call_is_left() -> None:
+    ends = time.monotonic() + 20
+    while any(thread.name == "libvirt call" for thread in threading.enumerate()):
+        assert time.monotonic() < ends
+        time.sleep(0.005)
+
+
+def test_host_without_threads_to_spare_is_an_error_that_passes(hypervisor: Hypervisor) -> None:
+    # More than any address space holds.
+    usual = threading.stack_size(1 << 46)
+    try:
+        for _ in range(20):  # more than there are places for calls
+            with pytest.raises(HypervisorError, match="can't start new thread"):
+                hypervisor.version()
+    finally:
+        threading.stack_size(usual)
+    assert hypervisor.version()
+
+
+def test_metadata_is_that_of_the_namespace(hypervisor: Hypervisor) -> None:
+    domain_uuid = str(uuid.uuid4())
+    mark = "<metadata><x:mark xmlns:x='urn:x'><x:job id='job-1'/></x:mark></metadata>"
+    xml = domain_xml("marked", domain_uuid).replace("<memory", f"{mark}<memory")
+    hypervisor.define(xml)
+    assert "job-1" in (hypervisor.metadata(domain_uuid, "urn:x") or "")
+    assert hypervisor.metadata(domain_uuid, "urn:y") is None
+    assert hypervisor.metadata(MISSING, "urn:x") is None
 
 
 def test_many_threads_share_one_hypervisor(hypervisor: Hypervisor) -> None:

@@ -1,10 +1,11 @@
 """The image cache over a source that does what a test tells it to."""
 
+import contextlib
 import json
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from agent.image import Image
 from agent.locks import FileLock
 from agent.manifest import base_name, manifest_path
 from agent.report import Progress
+from tests import service_user
 from tests.cache_kit import IMAGE_ID, MIB, CacheKit, Source, random_bytes
 
 NAME = "0d5e6b61602d758984b3bf038267614d6016eb2a"
@@ -400,6 +402,132 @@ def test_sweep_spares_a_base_without_a_manifest_that_an_instance_stands_on(
     sweep(kit, partials_s=-1)
 
     assert base.path.exists()
+
+
+def test_sweep_leaves_alone_what_does_not_bear_a_name_of_ours(
+    kit: CacheKit, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = kit.fetch(source.add(random_bytes(1)))
+    # A base in use without its manifest, which a shorter name is the beginning of.
+    kit.acquire(source.images[IMAGE_ID])
+    manifest_path(base.path).unlink()
+    foreign = [
+        kit.store.directory / name
+        for name in ("0", "0d", "0.json", f"{NAME}_20", f"{NAME.upper()}", "swap_1024", "README")
+    ]
+    for path in foreign:
+        path.write_bytes(b"x")
+    old_partial = kit.store.directory / ".partial/0"
+    old_partial.mkdir()
+    (kit.store.directory / ".partial/note").write_bytes(b"x")
+    (kit.store.directory / "x.json").mkdir()
+
+    sweep(kit, partials_s=-1)
+    sweep(kit, partials_s=-1)
+
+    assert base.path.exists()
+    assert all(path.exists() for path in foreign)
+    assert old_partial.exists()
+    warned = [r.message for r in caplog.records if "left alone" in r.message]
+    assert len(warned) == len(foreign)
+    assert kit.store.entries() == []
+
+
+def test_a_stray_name_takes_no_file_of_another_base_along(kit: CacheKit, source: Source) -> None:
+    base = kit.fetch(source.add(random_bytes(1)))
+    manifest_path(base.path).unlink()
+    (kit.store.directory / "0").write_bytes(b"x")
+    lock = FileLock(kit.store.lock_of(base.name))
+    assert lock.try_acquire()
+
+    sweep(kit, partials_s=-1)
+    lock.release()
+
+    assert base.path.exists()
+
+
+def test_sweep_drops_at_once_the_partial_of_an_image_that_is_here(
+    kit: CacheKit, source: Source
+) -> None:
+    base = kit.fetch(source.add(random_bytes(1)))
+    # As a kill leaves it between the last step of the commit and the end.
+    partial = kit.store.directory / ".partial" / base.name
+    partial.mkdir()
+    (partial / "data").write_bytes(b"x")
+
+    sweep(kit, partials_s=3600)
+
+    assert not partial.exists()
+    assert [entry.path for entry in kit.store.entries()] == [base.path]
+
+
+def test_a_manifest_that_cannot_be_read_is_as_good_as_none_but_is_not_swept(
+    kit: CacheKit, source: Source
+) -> None:
+    other = kit.fetch(source.add(random_bytes(1), image_id="other"))
+    base = kit.fetch(source.add(random_bytes(1)))
+    manifest_path(base.path).unlink()
+    manifest_path(base.path).mkdir()  # reading it fails, whoever reads
+
+    assert [entry.path for entry in kit.store.entries()] == [other.path]
+    sweep(kit, partials_s=3600)
+    assert base.path.exists()
+    # And a fetch says what is in its way.
+    with pytest.raises(BackendError, match="cannot be changed"):
+        kit.fetch(source.images[IMAGE_ID])
+
+
+def test_a_base_that_is_there_is_handed_out_though_its_partial_cannot_be_removed(
+    make_kit: MakeKit, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = source.add(random_bytes(1))
+    kit = make_kit()
+    base = acquire(kit, image)
+    partial = kit.store.directory / ".partial" / NAME
+    partial.mkdir()
+    manifest_path(base.path).rename(partial / "manifest.json")
+    with mounted_over(partial / "busy"):
+        assert acquire(make_kit(), image).path.read_bytes() == source.data[IMAGE_ID]
+    assert any("next sweep" in record.message for record in caplog.records)
+
+
+def test_a_commit_that_cannot_be_completed_is_no_defect_of_ours(
+    make_kit: MakeKit, source: Source
+) -> None:
+    image = source.add(random_bytes(1))
+    kit = make_kit()
+    base = acquire(kit, image)
+    partial = kit.store.directory / ".partial" / NAME
+    partial.mkdir()
+    manifest_path(base.path).rename(partial / "manifest.json")
+    manifest_path(base.path).mkdir()
+
+    with pytest.raises(BackendError, match="cannot be changed"):
+        acquire(make_kit(), image)
+
+
+def test_a_flight_that_cannot_take_off_is_gone(kit: CacheKit, source: Source) -> None:
+    image = source.add(random_bytes(1))
+    before = threading.stack_size(1 << 46)  # more than a process can have
+    try:
+        with pytest.raises(BackendError, match="thread"):
+            acquire(kit, image)
+    finally:
+        threading.stack_size(before)
+    assert kit.cache.being_fetched() == []
+    assert acquire(kit, image).path.read_bytes() == source.data[IMAGE_ID]
+
+
+@contextlib.contextmanager
+def mounted_over(directory: Path) -> Iterator[None]:
+    """Make a directory that nobody can remove."""
+    service_user.require_root()
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", directory], check=True)
 
 
 def test_sweep_leaves_alone_what_somebody_is_at_work_on(kit: CacheKit) -> None:

@@ -1,13 +1,14 @@
 """The registry of instances, on a real directory."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from agent.disk import Disk, Link
-from agent.errors import InstanceExists, NotFound
+from agent.errors import BackendError, InstanceExists, NotFound
 from agent.instances import InstanceRecord, Instances
 from agent.job import ImagesType
 from agent.report import Role
@@ -144,18 +145,94 @@ def test_sweep_removes_what_a_crash_left_and_nothing_else(
     unfinished.write_bytes(b"half")
     unrecorded = tmp_path / OTHER
     unrecorded.mkdir()
-    (unrecorded / ".instance.json.0123456789abcdef.tmp").write_text("{")
+    unwritten = unrecorded / ".instance.json.0123456789abcdef.tmp"
+    unwritten.write_text("{")
     for name in ("_base", "locks"):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".something.tmp").touch()
 
     again = Instances(tmp_path)
-    assert set(again.sweep()) == {unfinished, unrecorded}
+    assert set(again.sweep()) == {unfinished, unwritten, unrecorded}
     assert again.sweep() == []
 
     assert {path.name for path in tmp_path.iterdir()} == {UUID, "_base", "locks"}
     assert {path.name for path in directory.iterdir()} == {"disk", "instance.json"}
     assert len(list(tmp_path.glob("*/.something.tmp"))) == 2
+
+
+def test_sweep_keeps_disks_whose_record_was_moved_aside(
+    instances: Instances, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = instances.write(record(tmp_path))
+    (directory / "disk").write_bytes(b"precious")
+    (directory / "instance.json").rename(tmp_path / "instance.json.bad")
+
+    again = Instances(tmp_path)
+    assert again.sweep() == []
+
+    assert (directory / "disk").read_bytes() == b"precious"
+    assert str(directory) in caplog.text
+    assert "put the record back" in caplog.text
+
+
+@pytest.mark.parametrize("left", ["disk", "instance.json"])
+def test_files_of_an_instance_without_a_readable_record_reserve_its_uuid(
+    tmp_path: Path, left: str
+) -> None:
+    (tmp_path / UUID).mkdir()
+    (tmp_path / UUID / left).write_bytes(b"precious")
+    with pytest.raises(InstanceExists, match=str(tmp_path / UUID)):
+        Instances(tmp_path).claim(uuid=UUID, name="web-1", job_id="job-1")
+
+
+def test_job_that_came_no_further_than_its_directory_runs_again(tmp_path: Path) -> None:
+    (tmp_path / UUID).mkdir()
+    (tmp_path / UUID / ".instance.json.0123456789abcdef.tmp").write_text("{")
+    Instances(tmp_path).claim(uuid=UUID, name="web-1", job_id="job-1")
+
+
+def test_record_of_another_release_is_not_guessed_at(instances: Instances, tmp_path: Path) -> None:
+    path = instances.write(record(tmp_path)) / "instance.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    assert Instances(tmp_path).unreadable == (path,)
+
+
+def test_instance_may_be_removed_by_several_at_once(instances: Instances, tmp_path: Path) -> None:
+    for _ in range(20):
+        directory = instances.write(record(tmp_path))
+        for number in range(50):
+            (directory / f"disk.eph{number}").touch()
+        ready = threading.Barrier(4)
+        failed: list[Exception] = []
+
+        def remove(ready: threading.Barrier = ready, failed: list[Exception] = failed) -> None:
+            ready.wait()
+            try:
+                instances.remove(UUID)
+            except Exception as e:  # noqa: BLE001 - whatever it is, it shall not be
+                failed.append(e)
+
+        threads = [threading.Thread(target=remove) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        assert not directory.exists()
+
+
+def test_what_the_file_system_refuses_is_an_error_of_the_job(
+    instances: Instances, tmp_path: Path
+) -> None:
+    (tmp_path / OTHER).touch()
+    with pytest.raises(BackendError, match=OTHER):
+        instances.write(record(tmp_path, OTHER, "web-2"))
+    with pytest.raises(BackendError, match=r"console\.log"):
+        instances.create_console(OTHER)
+    # Files that not even root may remove.
+    (tmp_path / UUID).symlink_to("/proc/self/fdinfo")
+    with pytest.raises(BackendError, match="removing"):
+        instances.remove(UUID)
 
 
 @pytest.mark.parametrize("contents", ["", "{", "[]", '{"uuid": 1}', json.dumps({"version": 1})])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.errors import IdempotencyConflict, NotFound
+from agent.errors import IdempotencyConflict, InsufficientFreeSpace, NotFound
 from agent.job import Action, JobRequest, parse
 from agent.journal import Journal, JournalUnusable, digest_of
 from agent.report import JobReport, Status, TaskState
@@ -45,6 +45,17 @@ def report(job_id: str, *, created_at: float = 100.0) -> JobReport:
 def accept(journal: Journal, job_id: str, wanted: JobRequest | None = None) -> JobReport:
     wanted = wanted or request()
     return journal.accept(wanted, report(job_id), body_digest=digest_of(wanted))
+
+
+def test_a_job_is_found_by_its_key_and_by_its_body(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    wanted = request(idempotency_key="k")
+    assert journal.by_key("k", digest_of(wanted)) is None
+    accepted = accept(journal, "job-1", wanted)
+    assert journal.by_key("k", digest_of(wanted)) == accepted
+    with pytest.raises(IdempotencyConflict, match="job-1"):
+        journal.by_key("k", digest_of(request("web-2")))
+    journal.close()
 
 
 def test_accepted_job_is_there_after_a_restart(tmp_path: Path) -> None:
@@ -240,3 +251,25 @@ def test_whatever_happens_jobs_and_events_survive_a_restart_at_any_point(
             job_id for job_id, known in jobs.items() if not known.status.final
         ]
         again.close()
+
+
+def test_a_full_disk_is_said_to_be_one_and_leaves_the_journal_usable(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    try:
+        (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
+        journal._connection.execute(f"PRAGMA max_page_count = {pages}")
+
+        def fill() -> None:
+            for number in range(200):
+                accept(journal, f"job-{number}")
+
+        with pytest.raises(InsufficientFreeSpace, match="journal"):
+            fill()
+        before = len(journal.jobs())
+        journal._connection.execute("PRAGMA max_page_count = 1000000")
+
+        accept(journal, "afterwards")
+
+        assert len(journal.jobs()) == before + 1
+    finally:
+        journal.close()

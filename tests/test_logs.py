@@ -42,7 +42,8 @@ def test_console_line_shows_context_sentence_and_fields(
     log: logging.Logger, console: io.StringIO
 ) -> None:
     with logs.bind(request_id="req-1", instance_uuid="u-1", job_id="j-1", image_id=None):
-        log.info("fetched %s", "it", extra=logs.fields(PHASE="image_downloading", BYTES=7))
+        fields = {"PHASE": "image_downloading", "BYTES": 7}
+        log.info("fetched %s", "it", extra={"fields": fields})
     line = console.getvalue()
     assert "INFO [req-1] [instance: u-1] fetched it JOB_ID=j-1 PHASE=image_downloading" in line
     assert line.endswith("BYTES=7\n")
@@ -64,7 +65,7 @@ def test_journal_entry_has_each_field_of_its_own(
     log: logging.Logger, journal: list[tuple[str, dict[str, str]]]
 ) -> None:
     with logs.bind(request_id="req-1", job_id="j-1"):
-        log.warning("retrying", extra=logs.fields(ELAPSED_MS=12, OUTCOME="retry"))
+        log.warning("retrying", extra={"fields": {"ELAPSED_MS": 12, "OUTCOME": "retry"}})
     ((message, fields),) = journal
     assert message == "retrying"
     assert fields["PRIORITY"] == "4"
@@ -96,6 +97,15 @@ def test_tracebacks_are_kept(log: logging.Logger, console: io.StringIO) -> None:
         "password=s3cr3t",
         "application_credential_secret = s3cr3t",
         "http://user:s3cr3t@proxy:3128/",
+        "https://u:p@s3cr3t@h",
+        '{"password": "correct horse s3cr3t"}',
+        "{'adminPass_password': 'it is\\' s3cr3t'}",
+        r'{"body": "{\"password\": \"correct horse s3cr3t\"}"}',
+        "auth_token=s3cr3t",
+        "secret_access_key=s3cr3t",
+        '{"token": {"id": "s3cr3t"}}',
+        '{"access": {"token": {"expires": "x", "tenant": {"name": "n"}, "id": "s3cr3t"}}}',
+        '{"Authorization": "Basic s3cr3t"}',
     ],
 )
 def test_secrets_never_reach_the_log(
@@ -108,6 +118,21 @@ def test_secrets_never_reach_the_log(
     assert "s3cr3t" not in console.getvalue()
     assert "s3cr3t" not in str(journal)
     assert "***" in console.getvalue()
+
+
+def test_what_follows_a_secret_stays(log: logging.Logger, console: io.StringIO) -> None:
+    log.info("%s", '{"password": "correct horse", "user": "u"} password=p, token=t port=7')
+    assert console.getvalue().endswith(
+        '{"password": ***, "user": "u"} password=***, token=*** port=7\n'
+    )
+
+
+def test_secrets_in_fields_never_reach_the_journal(
+    log: logging.Logger, journal: list[tuple[str, dict[str, str]]]
+) -> None:
+    log.info("fetched", extra={"fields": {"URL": "http://u:s3cr3t@h/"}})
+    ((_, fields),) = journal
+    assert fields["URL"] == "http://u:***@h/"
 
 
 def test_hashed_tokens_and_plain_words_stay(log: logging.Logger, console: io.StringIO) -> None:

@@ -55,6 +55,14 @@ def test_no_image_gets_the_base_of_another() -> None:
     assert all(len(base) == 40 and set(base) <= set("0123456789abcdef") for base in bases)
 
 
+@pytest.mark.parametrize(
+    "name", [IMAGE_ID, IMAGE_ID.upper(), IMAGE_ID.replace("-", ""), "0-" * 30 + "00"]
+)
+def test_an_instance_cannot_be_called_like_the_uuid_of_another(name: str) -> None:
+    with pytest.raises(InvalidJob, match=r"instance\.name: must not look like a UUID"):
+        job.parse({**document(), "instance": {"name": name}})
+
+
 @pytest.mark.parametrize("name", names.FLAVORS)
 def test_a_hostile_flavor_is_refused_at_the_door(name: str) -> None:
     [field] = names.FLAVORS[name]

@@ -125,6 +125,8 @@ def test_without_the_capability_the_agent_runs_and_says_what_is_missing(instance
         ("user = root", "set helper_command as well, or remove them"),
         ("thread_pool_size = many", "thread_pool_size"),
         ("capabilities = CAP_EVERYTHING", "capabilities"),
+        ("helper_command = /bin/false", "the privileged helper did not start"),
+        ("helper_command = /nonexistent", "the privileged helper did not start"),
     ],
 )
 def test_wrong_section_stops_the_start_with_a_sentence(
@@ -151,6 +153,17 @@ def test_helper_command_starts_a_helper_that_reads_the_configuration_itself(
     assert result["touched"]
     assert base.stat().st_mtime > 1
     assert not any(result["holdings"].values())
+
+
+def test_the_agent_serves_where_the_command_line_says(instances: Path) -> None:
+    (instances / "bootwright.conf").write_text(
+        f"[DEFAULT]\nstate_path = {instances}/state\n[libvirt]\nconnection_uri = test:///default\n"
+        f"[images]\nsource = directory\ndirectory = {instances}/images\n"
+        f"[api]\nsocket = {instances}/configured.sock\n"
+    )
+    result, _ = observe(instances, "serve", "/nonexistent/agent.sock")
+    assert result["exit_code"] == 1
+    assert "cannot serve on /nonexistent/agent.sock: there is no directory" in result["error"]
 
 
 def test_agent_refuses_to_be_root() -> None:

@@ -1,20 +1,25 @@
 """Damaged bases: found, put away, fetched anew, and nobody given one."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from agent import manifest as manifests
 from agent.cancellation import Cancellation
-from agent.errors import ImageSourceUnavailable
+from agent.errors import BackendError, ImageSourceUnavailable
 from agent.image import Image
 from agent.manifest import manifest_path
 from agent.scrub import Scrub
+from agent.store import Entry, Store
+from agent.usage import Usage
+from agent.verification import Verifier
 from agent.views import Soundness, Verification
 from tests.cache_kit import MIB, CacheKit, Source, random_bytes
 
@@ -152,7 +157,7 @@ def test_what_was_converted_is_due_at_once(kit: CacheKit, source: Source) -> Non
     assert entry.manifest.content_digest == base.digest
 
 
-def not_repaired(image: Image, _: Cancellation) -> None:
+def not_repaired(image: Image) -> None:
     raise AssertionError(f"{image.id} needs no repair")
 
 
@@ -169,7 +174,7 @@ def test_the_scrub_verifies_what_is_due_and_repairs_what_instances_need(
         flip_a_bit(base.path)
     repaired: list[str] = []
 
-    def repair(image: Image, _: Cancellation) -> None:
+    def repair(image: Image) -> None:
         repaired.append(image.id)
         kit.fetch(image)
 
@@ -192,7 +197,7 @@ def test_the_scrub_goes_on_when_one_repair_fails(kit: CacheKit, source: Source) 
         kit.add_instance(base, name=f"on-{name}")
         flip_a_bit(base.path)
 
-    def repair(_: Image, __: Cancellation) -> None:
+    def repair(_: Image) -> None:
         raise ImageSourceUnavailable("the source is away")
 
     Scrub(kit.store, kit.verifier, interval_s=0, repair=repair).run_once(Cancellation())
@@ -215,3 +220,146 @@ def test_the_scrub_gives_way_to_a_busy_disk_and_ends_when_told(
     assert time.monotonic() - begun > 0.9  # a pause, and then on
     scrub.stop(5)
     assert not any(thread.name == "scrub" for thread in threading.enumerate())
+
+
+def test_the_scrub_outlives_what_the_disk_does_to_it(tmp_path: Path, source: Source) -> None:
+    class FailingOnce(Store):
+        failures = 1
+
+        def entries(self) -> list[Entry]:
+            if self.failures:
+                self.failures -= 1
+                raise OSError(errno.EIO, "Input/output error")
+            return super().entries()
+
+    kit = CacheKit(directory=tmp_path / "instances", source=source)
+    kit.fetch(source.add(random_bytes(1)))
+    before = kit.store.entries()[0].manifest.verified_at
+    store = FailingOnce(kit.store.directory)
+    scrub = Scrub(store, kit.verifier, interval_s=0, repair=not_repaired, look_every_s=0.05)
+    scrub.start()
+    try:
+        deadline = time.monotonic() + 10
+        while kit.store.entries()[0].manifest.verified_at == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        scrub.stop(5)
+
+
+def test_one_base_the_disk_refuses_does_not_end_the_round(kit: CacheKit, source: Source) -> None:
+    for name in ("a", "b"):
+        kit.fetch(source.add(random_bytes(1), image_id=name))
+    (before, first) = kit.store.entries()[:2]
+
+    class Refusing(Verifier):
+        def verify(self, image_id: str, *_: object, **__: object) -> Verification:
+            if image_id == "a":
+                raise OSError(errno.EROFS, "Read-only file system")
+            return kit.verifier.verify(image_id, Cancellation())
+
+    Scrub(kit.store, Refusing(kit.store, kit.usage), interval_s=0, repair=not_repaired).run_once(
+        Cancellation()
+    )
+
+    verified = {e.manifest.image.id: e.manifest.verified_at for e in kit.store.entries()}
+    earlier = {e.manifest.image.id: e.manifest.verified_at for e in (before, first)}
+    assert verified["a"] == earlier["a"]
+    assert verified["b"] > earlier["b"]
+
+
+def reading(kit: CacheKit, *, fails_at: int, error: int) -> Verifier:
+    """A verifier on a disk that fails for what lies beyond an offset."""
+
+    def pread(fd: int, count: int, offset: int) -> bytes:
+        if offset >= fails_at:
+            raise OSError(error, os.strerror(error))
+        return os.pread(fd, min(count, fails_at - offset), offset)
+
+    return Verifier(kit.store, kit.usage, pread=pread)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EUCLEAN, errno.ENODATA])
+def test_a_base_the_disk_cannot_read_is_damaged(kit: CacheKit, source: Source, error: int) -> None:
+    image = source.add(random_bytes(2))
+    base = kit.fetch(image)
+    kit.add_instance(base, name="web-1")
+
+    found = reading(kit, fails_at=MIB, error=error).verify(image.id, Cancellation())
+
+    assert (found.soundness, found.instances) == (Soundness.DAMAGED, ("web-1",))
+    assert found.digest == f"unreadable at byte {MIB}"
+    assert kit.store.entries() == []
+    assert kit.fetch(image).origin == "memory"
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EPERM, errno.EMFILE])
+def test_a_base_the_agent_may_not_read_is_no_damage(
+    kit: CacheKit, source: Source, error: int
+) -> None:
+    image = source.add(random_bytes(1))
+    kit.fetch(image)
+    with pytest.raises(BackendError):
+        reading(kit, fails_at=0, error=error).verify(image.id, Cancellation())
+    assert len(kit.store.entries()) == 1
+
+
+def test_reads_that_bring_less_than_asked_for_are_gone_on_with(
+    kit: CacheKit, source: Source
+) -> None:
+    image = source.add(random_bytes(2))
+    kit.fetch(image)
+    verifier = Verifier(
+        kit.store, kit.usage, pread=lambda fd, count, at: os.pread(fd, min(count, 100_001), at)
+    )
+    assert verifier.verify(image.id, Cancellation()).soundness is Soundness.INTACT
+
+
+def test_a_restored_base_nobody_had_hashed_is_fetched_anew_and_not_called_damaged(
+    kit: CacheKit, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = source.add(random_bytes(1))
+    base = kit.fetch(image)
+    kit.add_instance(base)
+    path = manifest_path(base.path)
+    known = manifests.read(path)
+    assert known is not None
+    manifests.write(path, dataclasses.replace(known, content_digest=None))
+    copy = base.path.with_suffix(".copy")
+    shutil.copyfile(base.path, copy)
+    copy.rename(base.path)
+
+    found = verify(kit, image)
+
+    assert (found.soundness, found.instances) == (Soundness.UNRECOGNISED, ())
+    assert [r.levelname for r in caplog.records if r.name == "agent.verification"] == ["WARNING"]
+    assert base.path.exists()  # the instance goes on
+    assert quarantined(kit) == []
+    assert kit.fetch(image).origin == "memory"
+
+
+def test_a_twin_that_is_removed_meanwhile_is_no_failure(kit: CacheKit, source: Source) -> None:
+    base = kit.fetch(source.add(random_bytes(1)))
+    kit.store.remove(base.name)
+    kit.store.quarantine(base.name, in_use=False)
+    assert quarantined(kit) == []
+
+
+def test_damage_is_put_away_while_another_host_holds_the_claims(
+    kit: CacheKit, source: Source
+) -> None:
+    class Held(Usage):
+        def held_still(self) -> NoReturn:
+            raise BackendError("another host holds the lock")
+
+    image = source.add(random_bytes(1))
+    base = kit.fetch(image)
+    flip_a_bit(base.path)
+    usage = Held(kit.store, kit.instances, host_id="this")
+
+    found = Verifier(kit.store, usage).verify(image.id, Cancellation())
+
+    assert found.soundness is Soundness.DAMAGED
+
+    assert base.path.exists()
+    assert kit.store.entries() == []

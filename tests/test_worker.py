@@ -68,14 +68,22 @@ class Host:
         self.worker = Worker(self.journal, self.work, concurrency=2)
 
     def accept(self, job_id: str, name: str = "web-1", **fields: object) -> None:
-        request = parse(
+        self._accept(
+            job_id,
             {
                 "instance": {"name": name, "uuid": UUID},
                 "image": {"id": "img-1"},
                 "flavor": {"vcpus": 1, "ram": 512, "disk": 1},
                 **fields,
-            }
+            },
         )
+
+    def accept_delete(self, job_id: str, uuid: str = UUID) -> None:
+        instance = {"name": "web-1", "uuid": uuid}
+        self._accept(job_id, {"action": "delete", "instance": instance})
+
+    def _accept(self, job_id: str, document: dict[str, object]) -> None:
+        request = parse(document)
         now = time.time()
         report = JobReport(
             id=job_id,
@@ -91,6 +99,10 @@ class Host:
     def restart(self) -> None:
         """Stop, and have another worker for what is unfinished; it does not run yet."""
         assert self.worker.drain(LIMIT_S)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Have the worker of the agent that comes after this one."""
         self.work = Work()
         self.worker = Worker(self.journal, self.work, concurrency=2)
         for job in self.journal.unfinished():
@@ -210,6 +222,7 @@ def test_deadline_ends_a_job_and_counts_from_its_acceptance(host: Host) -> None:
     report = host.final("job-1")
     assert report.error is not None
     assert report.error.code == "DeadlineExceeded"
+    assert "deadline of 0.05 s" in report.error.message
     # It has been asked all the same: an earlier run may have made what is to be undone.
     assert host.work.begun == ["job-1"]
 
@@ -254,27 +267,104 @@ def test_job_interrupted_by_a_restart_is_undone_by_the_cancel_that_finds_it_wait
     assert [type(error) for error in host.work.interrupted] == [Cancelled]
 
 
+def test_acknowledged_cancel_is_kept_over_a_crash(host: Host) -> None:
+    host.interrupt("job-1")
+    host.worker.cancel("job-1", "cancelled on request")
+    # The worker that was asked is never heard of again.
+    host.go_on()
+    host.work.gate.set()
+    host.worker.start()
+    report = host.final("job-1")
+    assert report.status is Status.CANCELLED
+    assert report.error is not None
+    assert report.error.message == "cancelled on request"
+
+
+def test_cancel_of_a_running_job_is_durable_before_it_is_acknowledged(host: Host) -> None:
+    stubborn = threading.Event()
+
+    def work(_request: JobRequest, recorder: Recorder, _cancellation: Cancellation) -> None:
+        recorder.phase(TaskState.SPAWNING)
+        stubborn.wait(LIMIT_S)
+        recorder.finish(Status.ACTIVE, "the domain is running")
+
+    host.worker = Worker(host.journal, work, concurrency=1)
+    host.accept("job-1")
+    host.worker.start()
+    until(lambda: host.journal.get("job-1").report.status is Status.BUILD)
+    host.worker.cancel("job-1", "cancelled on request")
+    assert host.journal.get("job-1").cancelled == "cancelled on request"
+    stubborn.set()
+    host.final("job-1")
+
+
+def test_job_accepted_after_a_delete_waits_for_it_and_is_not_cancelled(host: Host) -> None:
+    host.accept_delete("delete")
+    host.accept("boot")
+    host.accept_delete("again")
+    host.worker.start()
+    host.until_begun("delete")
+
+    host.worker.settle(UUID, "delete", Cancellation(LIMIT_S))
+    host.work.gate.set()
+
+    assert host.final("boot").status is Status.ACTIVE
+    host.final("again")
+    assert host.work.begun == ["delete", "boot", "again"]
+
+
+def test_job_that_waits_for_a_delete_holds_up_nobody(host: Host) -> None:
+    host.accept_delete("delete")
+    for number in range(4):
+        host.accept(f"boot-{number}")
+    other = "11111111-2222-4333-8444-555555555555"
+    host.accept("other", instance={"name": "web-2", "uuid": other})
+    host.worker.start()
+    host.until_begun("other")
+    assert set(host.work.begun) == {"delete", "other"}
+    host.work.gate.set()
+    assert [host.final(f"boot-{number}").status for number in range(4)] == [Status.ACTIVE] * 4
+
+
+def test_job_waits_no_longer_for_a_delete_that_was_cancelled(host: Host) -> None:
+    host.accept_delete("delete")
+    host.accept("boot")
+    other = "11111111-2222-4333-8444-555555555555"
+    host.accept("other", instance={"name": "web-2", "uuid": other})
+    host.worker.start()
+    host.until_begun("other")
+
+    host.worker.cancel("delete", "cancelled on request")
+
+    host.until_begun("boot")
+    host.work.gate.set()
+    assert host.final("boot").status is Status.ACTIVE
+
+
 def test_delete_settles_the_job_that_runs(host: Host) -> None:
     host.worker.start()
     host.accept("job-1")
     host.until_begun("job-1")
+    host.accept_delete("job-2")
     host.worker.settle(UUID, "job-2", Cancellation(LIMIT_S))
     assert host.journal.get("job-1").report.status is Status.CANCELLED
-    assert not host.worker.running()
+    assert "job-1" not in {report.id for report in host.worker.running()}
 
 
 def test_delete_ends_for_good_a_job_that_a_restart_would_go_on_with(host: Host) -> None:
     host.interrupt("job-1")
+    host.accept_delete("job-2")
     host.worker.settle(UUID, "job-2", Cancellation(LIMIT_S))
     report = host.journal.get("job-1").report
     assert report.status is Status.CANCELLED
     assert report.error is not None
     assert "job-2" in report.error.message
-    assert host.journal.unfinished() == []
+    assert [job.report.id for job in host.journal.unfinished()] == ["job-2"]
 
 
 def test_delete_leaves_the_jobs_of_other_instances_alone(host: Host) -> None:
     host.accept("job-1")
     other = "11111111-2222-4333-8444-555555555555"
+    host.accept_delete("job-2", other)
     host.worker.settle(other, "job-2", Cancellation(LIMIT_S))
     assert host.journal.get("job-1").report.status is Status.QUEUED

@@ -79,7 +79,7 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params.extend(global_options())
+        self.params.extend(_global_options())
 
     def invoke(self, ctx: click.Context) -> object:
         """Run it; what the agent refuses or cannot do becomes a `Failure`."""
@@ -94,10 +94,14 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group of commands."""
+    """A group of commands; takes the global options as they do."""
 
     command_class = Command
     group_class = type
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.extend(_global_options())
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -130,7 +134,7 @@ class LazyGroup(Group):
         return command
 
 
-def global_options() -> list[click.Option]:
+def _global_options() -> list[click.Option]:
     """Return new global options; each writes into the `Invocation`."""
     return [
         click.Option(

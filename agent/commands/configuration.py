@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import click
 from oslo_config import cfg
@@ -67,17 +68,22 @@ def agent(call: Invocation) -> None:
     from agent.journal import JournalUnusable  # noqa: PLC0415
     from agent.listener import ListenError  # noqa: PLC0415
     from agent.main import run  # noqa: PLC0415
-    from agent.privileges import PrivilegesNotDropped  # noqa: PLC0415
+    from agent.privileges import HelperNotStarted, PrivilegesNotDropped  # noqa: PLC0415
 
     configuration = _read(call)
     try:
         settings = configuration.settings()
     except ConfigError as e:
         raise Failure(str(e), code=Exit.USAGE) from e
+    if call.socket is not None:
+        socket = Path(call.socket).absolute()
+        settings = dataclasses.replace(
+            settings, api=dataclasses.replace(settings.api, socket=socket)
+        )
     _set_up_logging(configuration, debug=settings.debug)
     try:
         status = run(settings, lambda: _reload(call))
-    except (JournalUnusable, ListenError, PrivilegesNotDropped, OSError) as e:
+    except (JournalUnusable, ListenError, PrivilegesNotDropped, HelperNotStarted, OSError) as e:
         raise Failure(f"the agent ends: {e}") from e
     click.get_current_context().exit(status)
 
@@ -88,10 +94,13 @@ def _reload(call: Invocation) -> None:
         # Not into oslo.config's global object: the rest of the agent goes on with that.
         configuration = Configuration(call.config_file, call.config_dir, conf=cfg.ConfigOpts())
         settings = configuration.settings()
+        _set_up_logging(configuration, debug=settings.debug)
     except ConfigError as e:
         LOG.error("the configuration was not read again: %s", e)
         return
-    _set_up_logging(configuration, debug=settings.debug)
+    except Exception:  # a defect of ours or of a plugin is no reason to end the service
+        LOG.exception("the configuration was not read again")
+        return
     LOG.info("read the configuration again: debug is in effect, all else needs a restart")
 
 

@@ -4,6 +4,7 @@ from typing import BinaryIO
 
 import click
 
+from agent.client import AgentUnavailable, Refused
 from agent.commands.command import Exit, Group, Invocation, invocation
 from agent.commands.duration import Duration
 from agent.commands.output import emit, instant, pairs, rows, size
@@ -37,7 +38,14 @@ def fetch(
 ) -> None:
     """Fetch images into the cache before they are needed."""
     with call.client() as client:
-        reports = [client.fetch_image(image_id) for image_id in image_ids]
+        reports: list[JobReport] = []
+        try:
+            reports.extend(client.fetch_image(image_id) for image_id in image_ids)
+        except (AgentUnavailable, Refused):
+            # Those before it are under way, whatever is wrong with this one.
+            if reports:
+                emit(call, {"jobs": reports}, lambda: _print_fetches(reports))
+            raise
         if waits:
             reports = wait(client, [report.id for report in reports], timeout)
     emit(call, {"jobs": reports}, lambda: _print_fetches(reports))

@@ -88,7 +88,12 @@ def cancel(call: Invocation, job_id: str) -> None:
 @job.command()
 @click.argument("job_id", metavar="ID", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what happens from now on.")
-@click.option("--since", type=click.IntRange(min=0), default=0, help="Only events after this one.")
+@click.option(
+    "--since",
+    type=click.IntRange(min=0, max=2**63 - 1),
+    default=0,
+    help="Only events after this one.",
+)
 @invocation
 def events(call: Invocation, job_id: str | None, follow: bool, since: int) -> None:
     """Show what has happened, to one job or to all.

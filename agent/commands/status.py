@@ -15,7 +15,8 @@ def status(call: Invocation, *, long: bool) -> None:
     """Show how the agent is; exit code 5 if it lacks something."""
     with call.client() as client:
         agent = client.status()
-    emit(call, agent, lambda: pairs(_lines(agent, long=long)))
+    document = {**agent.model_dump(mode="json"), "degraded": agent.degraded}
+    emit(call, document, lambda: pairs(_lines(agent, long=long)))
     if agent.degraded:
         for check in agent.checks:
             if not check.ok:

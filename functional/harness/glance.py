@@ -21,7 +21,7 @@ from keystoneauth1.noauth import NoAuth
 from keystoneauth1.session import Session
 
 from functional.harness.keystone import Keystone
-from functional.harness.openstack_venv import install, template
+from functional.harness.openstack_venv import copy_prepared, install
 from functional.harness.wsgi_server import AccessLog, Answered, WsgiServer
 
 __all__ = ["Glance", "install"]
@@ -61,7 +61,7 @@ class Glance:
         keystone: Keystone | None = None,
         show_locations: bool = False,
     ) -> None:
-        template(venv, "glance", _create, root)
+        copy_prepared(venv, "glance", _create, root)
         _write_config(venv, root, keystone, show_locations=show_locations)
         self._server = WsgiServer(
             venv=venv,

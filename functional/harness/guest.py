@@ -7,7 +7,7 @@ ACPI power button, or at once with `POWEROFF_WORD` on its kernel command line. W
 is in `guest_ramdisk_init.sh` and `guest_init.sh`.
 
 Nothing is installed on the host and nothing is mounted: the kernel package is only unpacked. Works
-without root. Needs apt, dpkg and what `bindep.txt` lists under `functional`.
+without root. Needs apt, dpkg and what `bindep.txt` lists under `test`.
 
 The files of a `Guest` are shared by every test: copy them or register them as images. A domain
 started on them directly would write to them, and libvirt would give them to its qemu user.

@@ -21,7 +21,7 @@ from typing import Self
 from keystoneauth1.identity import v3
 from keystoneauth1.session import Session
 
-from functional.harness.openstack_venv import template
+from functional.harness.openstack_venv import copy_prepared
 from functional.harness.wsgi_server import AccessLog, WsgiServer
 
 _ROLES = {"glance": ("admin", "service"), "demo": ("member",)}
@@ -37,7 +37,7 @@ class Keystone:
     """
 
     def __init__(self, venv: Path, root: Path, *, token_ttl: int = 3600) -> None:
-        template(venv, "keystone", _create, root)
+        copy_prepared(venv, "keystone", _create, root)
         _write_config(root, token_ttl)
         self._server = WsgiServer(
             venv=venv,

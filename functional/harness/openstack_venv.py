@@ -17,19 +17,20 @@ _PYTHON = "/usr/bin/python3"
 
 
 def install(cache_dir: Path) -> Path:
-    """Return the virtualenv in `cache_dir`, built first if the constraints are not those it has.
+    """Return the virtualenv in `cache_dir` for these constraints, built first if it is not there.
 
-    Several processes may call this at once; all but one wait.
+    Several processes may call this at once; all but one wait. What others run
+    from, whose constraints are not ours, is left alone.
 
     Raises:
         subprocess.CalledProcessError: the packages cannot be installed; pip says why on stderr.
     """
-    venv = cache_dir.resolve() / "glance"
-    stamp = venv / "constraints.sha256"
-    wanted = hashlib.sha256(_CONSTRAINTS.read_bytes()).hexdigest()
+    constraints = hashlib.sha256(_CONSTRAINTS.read_bytes()).hexdigest()
+    venv = cache_dir.resolve() / f"glance-{constraints[:12]}"
+    installed = venv / ".installed"
     cache_dir.mkdir(parents=True, exist_ok=True)
     with _lock(cache_dir / "glance.lock"):
-        if stamp.exists() and stamp.read_text("ascii") == wanted:
+        if installed.exists():
             return venv
         shutil.rmtree(venv, ignore_errors=True)
         subprocess.run([_PYTHON, "-m", "venv", venv], check=True, timeout=300)
@@ -39,27 +40,29 @@ def install(cache_dir: Path) -> Path:
             check=True,
             timeout=1200,
         )
-        stamp.write_text(wanted, "ascii")
+        installed.touch()
     return venv
 
 
-def template(venv: Path, name: str, create: Callable[[Path, Path], None], target: Path) -> None:
+def copy_prepared(
+    venv: Path, name: str, prepare: Callable[[Path, Path], None], target: Path
+) -> None:
     """Copy the prepared directory `name` to `target`, which must not exist.
 
     Args:
         venv: where the prepared directory is kept, so that it goes when the packages change.
         name: one for each kind of directory.
-        create: fills an empty directory, given the virtualenv and that directory; called once
+        prepare: fills an empty directory, given the virtualenv and that directory; called once
             in the life of the virtualenv.
         target: the copy.
     """
-    prepared = venv / "templates" / name
+    prepared = venv / "prepared" / name
     with _lock(venv / f"{name}.lock"):
         if not prepared.exists():
             unfinished = prepared.with_suffix(".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            create(venv, unfinished)
+            prepare(venv, unfinished)
             unfinished.rename(prepared)
     shutil.copytree(prepared, target)
 

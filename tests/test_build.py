@@ -1,0 +1,193 @@
+"""Building an instance: a real image cache, real disks, and libvirt's own test driver.
+
+What needs QEMU is in functional/.
+"""
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent.build import Build, Defaults, Host, remove_instance
+from agent.cancellation import Cancellation
+from agent.errors import BootwrightError, HypervisorError, InstanceExists
+from agent.hypervisor import Hypervisor
+from agent.image import Image
+from agent.instances import Instances
+from agent.job import GuestFormat, ImagesType, parse
+from agent.journal import Journal, digest_of
+from agent.recorder import Recorder
+from agent.report import JobReport, Status
+from tests.cache_kit import CacheKit, Source, random_bytes
+
+TEMPLATE = "<domain><os><type>hvm</type></os></domain>"
+BROKEN_TEMPLATE = "<domain><name>somebody else</name></domain>"
+
+
+class Site:
+    """A host, and what other tools do to its libvirt."""
+
+    def __init__(self, directory: Path) -> None:
+        self.kit = CacheKit(directory=directory / "instances", source=Source())
+        self.image: Image = self.kit.source.add(random_bytes(1))
+        self.journal = Journal(directory / "journal.db")
+        self.hypervisor = Hypervisor("test:///default", virt_type="test")
+        self.host = Host(
+            image_cache=self.kit.cache,
+            instances=self.kit.instances,
+            hypervisor=self.hypervisor,
+            touch=self.touched,
+            defaults=Defaults(
+                virt_type="test",
+                images_type=ImagesType.QCOW2,
+                ephemeral_format=GuestFormat.EXT4,
+                cache_mode="none",
+                discard="ignore",
+            ),
+        )
+        self.uuid = str(uuid.uuid4())
+        self.name = f"web-{self.uuid[:8]}"
+        self.comes_meanwhile: str | None = None
+
+    @property
+    def directory(self) -> Path:
+        return self.kit.directory / self.uuid
+
+    def touched(self, _base: str) -> None:
+        """Once the job has its base: what another tool defines while it is fetched."""
+        if self.comes_meanwhile is not None:
+            self.hypervisor.define(self.comes_meanwhile)
+
+    def foreign_domain(self) -> str:
+        return (
+            f"<domain type='test'><name>foreign-{self.uuid}</name><uuid>{self.uuid}</uuid>"
+            "<memory unit='MiB'>64</memory><os><type>hvm</type></os></domain>"
+        )
+
+    def run(self, host: Host | None = None, **fields: object) -> JobReport:
+        """Run one job that asks for `fields` beside the usual; raise as it does."""
+        request = parse(
+            {
+                "instance": {"name": self.name, "uuid": self.uuid},
+                "image": {"id": self.image.id},
+                "flavor": {"vcpus": 1, "ram": 64, "disk": 1},
+                "networks": [],
+                "libvirt": {"domain_xml": TEMPLATE},
+                **fields,
+            }
+        )
+        report = JobReport(
+            id=str(uuid.uuid4()),
+            action=request.action,
+            status=Status.QUEUED,
+            request_id="req-1",
+            created_at=0,
+            updated_at=0,
+        )
+        self.journal.accept(request, report, body_digest=digest_of(request))
+        recorder = Recorder(self.journal, self.journal.get(report.id))
+        Build(host or self.host, request, recorder, Cancellation()).run()
+        return recorder.report
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = Site(tmp_path)
+    yield site
+    site.hypervisor.destroy(site.uuid)
+    site.hypervisor.undefine(site.uuid)
+    site.hypervisor.close()
+    site.journal.close()
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [
+        TEMPLATE,
+        # Whatever else of our namespace a template brings, the job's mark is what counts.
+        TEMPLATE.replace(
+            "<os>", "<metadata><b:note xmlns:b='urn:bootwright:domain:1'/></metadata><os>"
+        ),
+    ],
+    ids=["of its own", "with another mark"],
+)
+def test_instance_is_deleted_with_the_domain_its_job_defined(site: Site, marked: str) -> None:
+    assert site.run(libvirt={"domain_xml": marked}).status is Status.ACTIVE
+    assert site.hypervisor.state(site.uuid) == "running"
+
+    remove_instance(site.host, site.kit.instances.find(site.uuid))
+
+    assert site.hypervisor.state(site.uuid) is None
+    assert not site.directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("action", "define"), [("prepare", True), ("boot", False)], ids=["prepare", "define: false"]
+)
+def test_job_that_defines_nothing_leaves_a_domain_with_its_uuid_alone(
+    site: Site, action: str, define: bool
+) -> None:
+    site.hypervisor.define(site.foreign_domain())
+    site.hypervisor.start(site.uuid)
+
+    with pytest.raises(BootwrightError, match="somebody else"):
+        site.run(
+            action=action,
+            libvirt={"domain_xml": BROKEN_TEMPLATE, "define": define, "start": define},
+        )
+
+    assert site.hypervisor.state(site.uuid) == "running"
+    assert not site.directory.exists()
+
+
+def test_domain_that_came_during_the_fetch_is_left_alone(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.comes_meanwhile = site.foreign_domain()
+
+    with pytest.raises(InstanceExists, match="foreign"):
+        site.run()
+
+    assert site.hypervisor.state(site.uuid) == "shut off"
+    assert not site.directory.exists()
+    assert "left alone" in caplog.text
+
+
+def test_delete_leaves_a_domain_alone_that_another_tool_defined(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.run(action="prepare")
+    site.hypervisor.define(site.foreign_domain())
+
+    remove_instance(site.host, site.kit.instances.find(site.uuid))
+
+    assert site.hypervisor.state(site.uuid) == "shut off"
+    assert not site.directory.exists()
+    assert site.uuid in caplog.text
+
+
+def test_failure_before_anything_was_defined_is_undone_without_libvirt(
+    site: Site, tmp_path: Path
+) -> None:
+    away = Hypervisor(f"qemu:///system?socket={tmp_path}/sock", virt_type="qemu")
+    with pytest.raises(BootwrightError, match="somebody else"):
+        site.run(
+            replace(site.host, hypervisor=away),
+            action="prepare",
+            libvirt={"domain_xml": BROKEN_TEMPLATE},
+        )
+    assert not site.directory.exists()
+    assert site.kit.instances.all() == []
+
+
+def test_instance_whose_domain_cannot_be_asked_for_keeps_its_disks(
+    site: Site, tmp_path: Path
+) -> None:
+    site.run()
+    away = Hypervisor(f"qemu:///system?socket={tmp_path}/sock", virt_type="qemu")
+    with pytest.raises(HypervisorError):
+        remove_instance(replace(site.host, hypervisor=away), site.kit.instances.find(site.uuid))
+    assert (site.directory / "disk").exists()
+    assert Instances(site.kit.directory).find(site.uuid).name == site.name
