@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from agent.build import Build, Host, remove_instance
 from agent.cancellation import Cancellation
-from agent.errors import NotFound
 from agent.image import require_active
 from agent.job import Action, JobRequest
 from agent.recorder import Recorder
@@ -73,9 +72,8 @@ class Provisioner:
         recorder.phase(TaskState.DELETING)
         cancellation.check()
         self.settle(uuid, recorder.report.id, cancellation)
-        try:
-            record = self.host.instances.find(uuid)
-        except NotFound:
+        record = self.host.instances.get(uuid)
+        if record is None:
             # It was never finished, or this job ran before and got to its end.
             recorder.finish(Status.DONE, "there is nothing left of the instance")
             return
