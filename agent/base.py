@@ -13,8 +13,6 @@ GIB = 1 << 30
 class Base:
     """Sizes are bytes."""
 
-    name: str
-    """Of the file, and what the privileged helper is told: 40 hex digits."""
     path: Path
     format: str
     virtual_size: int
@@ -27,6 +25,11 @@ class Base:
     """What the source sent for it just now."""
     resumed: int = 0
     """What an earlier run had left."""
+
+    @property
+    def name(self) -> str:
+        """Of the file, and what the privileged helper is told: 40 hex digits."""
+        return self.path.name
 
 
 def check_fits(image: Image, virtual_size: int, max_virtual_size: int | None) -> None:

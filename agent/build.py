@@ -15,25 +15,21 @@ again from the start and passes quickly over what is done:
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 
-from agent import config_drive, domain_xml, ephemeral
-from agent.backends import by_type
+from agent import domain_xml
 from agent.base import GIB, Base, check_fits
 from agent.cancellation import Cancellation
-from agent.disk import Disk
+from agent.disk import Disk, DiskType, Home, RbdAccess
 from agent.domain_xml import DomainSpec
 from agent.errors import AgentStopping, BootwrightError, FlavorDiskSmallerThanMinDisk, InvalidJob
 from agent.hardware import Hardware, assign_devices, assign_macs
-from agent.hypervisor import Hypervisor
+from agent.host import Host
 from agent.image import Image, require_active
-from agent.image_cache import ImageCache
-from agent.instances import InstanceRecord, Instances
+from agent.instances import InstanceRecord
 from agent.job import (
     Action,
     Flavor,
-    GuestFormat,
     ImageRef,
     ImagesType,
     Instance,
@@ -41,7 +37,9 @@ from agent.job import (
     Network,
     OnFailure,
 )
+from agent.layout import Layout
 from agent.recorder import Recorder
+from agent.removal import remove_disks, remove_instance
 from agent.report import (
     ChainLink,
     DiskReport,
@@ -55,32 +53,6 @@ from agent.report import (
 )
 
 LOG = logging.getLogger(__name__)
-
-MIB = 1 << 20
-SECTOR = 512
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Defaults:
-    """What the configuration says where a job says nothing."""
-
-    virt_type: str
-    images_type: ImagesType
-    ephemeral_format: GuestFormat
-    cache_mode: str
-    discard: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Host:
-    """What a build works with; the same for all of them."""
-
-    image_cache: ImageCache
-    instances: Instances
-    hypervisor: Hypervisor
-    touch: Callable[[str], None]
-    """Refreshes a base's last use; never fails."""
-    defaults: Defaults
 
 
 class Build:
@@ -101,6 +73,7 @@ class Build:
         self._job_id = recorder.report.id
         self._uuid = str(self._instance.uuid)
         self._name = str(self._instance.name)
+        self._home = Home(uuid=self._uuid, directory=host.instances.directory_of(self._uuid))
         # Whether libvirt may know the instance by now, from this run or an
         # earlier one, which has got no further than its record if at all.
         self._may_have_domain = self._defines and host.instances.get(self._uuid) is not None
@@ -133,8 +106,9 @@ class Build:
     def _run(self) -> None:
         # Not before `run`: what an earlier run made is to be undone then.
         self._cancellation.check()
+        # Before a long fetch rather than after it.
+        self._host.backends.require(self._images_type)
         if self._defines and not self._known():
-            # Before a long fetch rather than after it.
             self._host.hypervisor.require_free(uuid=self._uuid, name=self._name)
         images = self._resolve()
         bases = {role: self._acquire(role, image) for role, image in images.items()}
@@ -147,7 +121,7 @@ class Build:
         networks = assign_macs(self._networks(), self._uuid)
         record = self._record(bases, hardware, networks)
         self._recorder.note(disks=tuple(map(disk_report, record.disks)))
-        self._prepare(record, bases, networks)
+        self._layout(networks).prepare(record.disks, bases, self._cancellation)
         xml = self._domain_xml(record, root, hardware, networks)
         self._spawn(xml)
 
@@ -237,7 +211,7 @@ class Build:
             image_digest=root.digest,
             images_type=self._images_type,
             metadata=self._instance.metadata,
-            disks=assign_devices(self._plan(bases, networks), hardware),
+            disks=assign_devices(self._layout(networks).plan(bases, self._images_type), hardware),
         )
         self._host.instances.write(record)
         return record
@@ -245,85 +219,19 @@ class Build:
     def _known(self) -> InstanceRecord | None:
         return self._host.instances.get(self._uuid)
 
-    def _plan(self, bases: Mapping[Role, Base], networks: Sequence[Network]) -> list[Disk]:
-        """Return every disk of the instance; what it will be, not yet made."""
-        directory = self._host.instances.directory_of(self._uuid)
-        backend = by_type(self._images_type)
-        flat = by_type(ImagesType.RAW)
-        disks = [
-            flat.plan(directory, role, role.value, bases[role], bases[role].virtual_size)
-            for role in (Role.KERNEL, Role.RAMDISK)
-            if role in bases
-        ]
-        root = bases[Role.ROOT]
-        # A raw image may end anywhere; a disk ends with a sector.
-        size = self._root_limit or -(-root.virtual_size // SECTOR) * SECTOR
-        disk = backend.plan(directory, Role.ROOT, "disk", root, size)
-        disks.append(replace(disk, device="cdrom") if root.image.disk_format == "iso" else disk)
-        disks += [
-            flat.plan(directory, Role.EPHEMERAL, f"disk.eph{number}", None, wanted.size * GIB)
-            for number, wanted in enumerate(self._flavor.ephemeral)
-        ]
-        if self._flavor.swap:
-            swap = self._flavor.swap * MIB
-            disks.append(flat.plan(directory, Role.SWAP, "disk.swap", None, swap))
-        if self._has_config_drive:
-            size = len(self._config_drive(networks))
-            drive = flat.plan(directory, Role.CONFIG_DRIVE, "disk.config", None, size)
-            disks.append(replace(drive, read_only=True))
-        return disks
+    def _layout(self, networks: Sequence[Network]) -> Layout:
+        return Layout(
+            self._host.backends,
+            self._home,
+            instance=self._instance,
+            flavor=self._flavor,
+            networks=networks,
+            ephemeral_format=self._host.defaults.ephemeral_format,
+        )
 
     @property
     def _images_type(self) -> ImagesType:
         return self._request.images_type or self._host.defaults.images_type
-
-    @property
-    def _has_config_drive(self) -> bool:
-        return self._instance.config_drive or self._instance.user_data is not None
-
-    def _config_drive(self, networks: Sequence[Network]) -> bytes:
-        return config_drive.image(
-            config_drive.content(
-                instance_uuid=self._uuid,
-                name=self._name,
-                metadata=self._instance.metadata,
-                user_data=self._instance.user_data,
-                networks=networks,
-            )
-        )
-
-    def _prepare(
-        self, record: InstanceRecord, bases: Mapping[Role, Base], networks: Sequence[Network]
-    ) -> None:
-        """Make the disks that are not there yet. Each appears whole, or not at all."""
-        flat = by_type(ImagesType.RAW)
-        for disk in record.disks:
-            self._cancellation.check()
-            match disk.role:
-                case Role.KERNEL | Role.RAMDISK:
-                    flat.prepare(disk, bases[disk.role], self._cancellation)
-                case Role.ROOT:
-                    backend = by_type(record.images_type)
-                    backend.prepare(disk, bases[disk.role], self._cancellation)
-                case Role.EPHEMERAL:
-                    self._format(disk)
-                case Role.SWAP:
-                    ephemeral.create_swap(
-                        disk, instance_uuid=self._uuid, cancellation=self._cancellation
-                    )
-                case Role.CONFIG_DRIVE:
-                    config_drive.create(disk.path, self._config_drive(networks))
-
-    def _format(self, disk: Disk) -> None:
-        number = int(disk.path.name.removeprefix("disk.eph"))
-        ephemeral.create(
-            disk,
-            guest_format=self._flavor.ephemeral[number].guest_format
-            or self._host.defaults.ephemeral_format,
-            label=f"ephemeral{number}",
-            instance_uuid=self._uuid,
-            cancellation=self._cancellation,
-        )
 
     # The domain
 
@@ -334,6 +242,17 @@ class Build:
         if self._defines and self._host.hypervisor.has_active_network("default"):
             return (Network(network="default"),)
         return ()
+
+    def _rbd_access(self, record: InstanceRecord) -> RbdAccess | None:
+        """What the domain needs to reach its network disks; they are all in one cluster."""
+        return next(
+            (
+                self._host.backends[disk.backend].access()
+                for disk in record.disks
+                if disk.type is DiskType.NETWORK
+            ),
+            None,
+        )
 
     def _domain_xml(
         self, record: InstanceRecord, root: Base, hardware: Hardware, networks: Sequence[Network]
@@ -356,7 +275,8 @@ class Build:
             networks=tuple(networks),
             console_log=self._host.instances.console_of(self._uuid),
             hardware=hardware,
-            cache_mode=self._host.defaults.cache_mode,
+            rbd=self._rbd_access(record),
+            cache_modes=self._host.defaults.cache_modes,
             discard=self._host.defaults.discard,
         )
         template = self._request.libvirt.domain_xml
@@ -398,7 +318,7 @@ class Build:
             if self._may_have_domain:
                 remove_instance(self._host, made)
             else:
-                self._host.instances.remove(self._uuid)
+                remove_disks(self._host, made)
         except BootwrightError as e:
             LOG.error(
                 "what is left of instance %s could not be removed: %s; remove it with "
@@ -407,29 +327,6 @@ class Build:
                 e,
                 self._uuid,
             )
-
-
-def remove_instance(host: Host, record: InstanceRecord) -> None:
-    """Destroy and undefine the domain, then remove the disks; done already is fine.
-
-    A domain of that uuid which somebody else has defined is left alone.
-
-    Raises:
-        HypervisorError: libvirt is away or refuses; the disks are all there.
-        BackendError: a file cannot be removed.
-    """
-    mark = host.hypervisor.metadata(record.uuid, domain_xml.NAMESPACE)
-    if mark is not None and domain_xml.job_of(mark) == record.job_id:
-        host.hypervisor.destroy(record.uuid)
-        host.hypervisor.undefine(record.uuid)
-    elif host.hypervisor.state(record.uuid) is not None:
-        LOG.warning(
-            "libvirt has a domain %s that job %s of instance %s did not define; it is left alone",
-            record.uuid,
-            record.job_id,
-            record.name,
-        )
-    host.instances.remove(record.uuid)
 
 
 def disk_report(disk: Disk) -> DiskReport:

@@ -21,6 +21,7 @@ from oslo_config import cfg, generator, types
 
 from agent import config_files, options
 from agent.config_files import Assignment, ConfigError
+from agent.disk import DiskType
 from agent.job import GuestFormat, ImagesType
 from agent.options import list_opts
 from agent.settings import (
@@ -129,7 +130,7 @@ class Configuration:
                     if conf.libvirt.images_type == "default"
                     else ImagesType(conf.libvirt.images_type)
                 ),
-                cache_mode=cache_modes.get("file", "default"),
+                cache_modes={kind: cache_modes.get(kind, "default") for kind in DiskType},
                 discard=conf.libvirt.hw_disk_discard,
             ),
             images=ImagesSettings(

@@ -7,13 +7,10 @@ labelled `config-2` with JSON documents below `openstack/latest`.
 import io
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Final
 
 import pycdlib
 
-from agent.errors import BackendError
-from agent.files import write_durably
 from agent.job import Network
 
 _LABEL: Final = "config-2"
@@ -51,22 +48,6 @@ def content(
     if user_data is not None:
         found["user_data"] = user_data.encode()
     return found
-
-
-def create(path: Path, image: bytes) -> None:
-    """Put a config drive at `path`, durably. One that exists is kept: a guest may run on it.
-
-    Raises:
-        BackendError: something else stands there, or it could not be written.
-        InsufficientFreeSpace
-    """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise BackendError(f"{path} is in the way: it is not a regular file")
-    try:
-        if not path.exists():
-            write_durably(path, image)
-    except OSError as e:
-        raise BackendError(f"writing the config drive {path}: {e}") from e
 
 
 def _network_data(networks: Sequence[Network]) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """A disk as a value: what a backend gives one instance in one role.
 
 Decided before anything is made, written to `instance.json` before the first
-byte of it exists, and never learned by looking into a file that a guest can
+byte of it exists, and never learned by looking into a disk that a guest can
 write.
 """
 
@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.job import ImagesType
 from agent.report import Role
 
 
@@ -16,6 +17,17 @@ class DiskType(enum.StrEnum):
     """libvirt's `<disk type=…>`."""
 
     FILE = "file"
+    BLOCK = "block"
+    NETWORK = "network"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Home:
+    """Where the disks of one instance belong."""
+
+    uuid: str
+    directory: Path
+    """The instance's own; a backend without files names its disks after `uuid`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,13 +39,28 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RbdAccess:
+    """How a hypervisor reaches the cluster that network disks are in."""
+
+    monitors: tuple[tuple[str, int], ...]
+    """Address and port of each."""
+    user: str
+    """Without `client.` in front."""
+    secret_uuid: str
+    """Of libvirt's secret that holds the user's key."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Disk:
     """`virtual_size` is bytes and exact: what the guest sees."""
 
     role: Role
+    backend: ImagesType
+    """Which backend made it, and grows and removes it, whatever the host's default is by then."""
     path: Path
+    """Of the file or the block device; of a network disk, `pool/image`."""
     format: str
-    """QEMU's name: raw, qcow2."""
+    """QEMU's name: raw, qcow2 …"""
     virtual_size: int
     type: DiskType = DiskType.FILE
     device: str = "disk"

@@ -13,7 +13,7 @@ from typing import Final, assert_never, cast
 
 from lxml import etree
 
-from agent.disk import Disk, DiskType
+from agent.disk import Disk, DiskType, RbdAccess
 from agent.errors import InvalidJob
 from agent.hardware import Bus, Firmware, Hardware
 from agent.job import Network
@@ -53,7 +53,9 @@ class DomainSpec:
     console_log: Path
     """Receives what the guest writes to its first serial port."""
     hardware: Hardware
-    cache_mode: str
+    rbd: RbdAccess | None = None
+    """Needed by disks of type network."""
+    cache_modes: Mapping[DiskType, str]
     """libvirt's: none, writeback …"""
     discard: str
     """libvirt's: unmap or ignore."""
@@ -277,14 +279,9 @@ def _describe(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:
     driver = _child(element, "driver")
     driver.set("name", "qemu")
     driver.set("type", disk.format)
-    _offer(driver, "cache", spec.cache_mode)
+    _offer(driver, "cache", spec.cache_modes[disk.type])
     _offer(driver, "discard", spec.discard)
-    match disk.type:
-        case DiskType.FILE:
-            element.set("type", "file")
-            _add(element, "source", file=str(disk.path))
-        case _:
-            assert_never(disk.type)
+    _source(element, disk, spec)
     _backing_chain(element, disk)
     target = _child(element, "target")
     target.set("dev", disk.device_name or "")
@@ -305,6 +302,25 @@ def _describe(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:
         # on each and add controllers of its own choice.
         unit = [other for other in spec.disks if other.bus == Bus.SCSI].index(disk)
         _add(element, "address", type="drive", controller="0", unit=str(unit))
+
+
+def _source(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:
+    element.set("type", disk.type)
+    match disk.type:
+        case DiskType.FILE:
+            _add(element, "source", file=str(disk.path))
+        case DiskType.BLOCK:
+            _add(element, "source", dev=str(disk.path))
+        case DiskType.NETWORK:
+            if spec.rbd is None:
+                raise AssertionError("whoever plans network disks tells how they are reached")
+            source = _add(element, "source", protocol="rbd", name=str(disk.path))
+            for address, port in spec.rbd.monitors:
+                _add(source, "host", name=address, port=str(port))
+            auth = _add(source, "auth", username=spec.rbd.user)
+            _add(auth, "secret", type="ceph", uuid=spec.rbd.secret_uuid)
+        case _:
+            assert_never(disk.type)
 
 
 def _backing_chain(element: etree._Element, disk: Disk) -> None:

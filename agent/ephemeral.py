@@ -1,20 +1,19 @@
-"""Ephemeral and swap disks: empty when the guest first sees them, but formatted.
+"""What ephemeral and swap disks are born with: empty when the guest first sees them, but formatted.
 
 Each file system is made for one disk, with an identity of its own; none is
 ever copied, for two guests with one file system UUID confuse each other's
 hosts. The programs only ever see a file that no guest has written to.
 """
 
-import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, assert_never
 
-from agent import files, process
+from agent import process
+from agent.backends import Write
 from agent.cancellation import Cancellation
-from agent.disk import Disk
-from agent.errors import BackendError
+from agent.errors import BackendError, InsufficientFreeSpace
 from agent.job import GuestFormat
 
 # mkfs of a sparse file takes 0.1 s at any size; this is for a disk that hangs.
@@ -23,26 +22,20 @@ _MKFS_LIMIT_S: Final = 300.0
 _SWAP_LABEL: Final = "swap"
 
 
-def create(
-    disk: Disk,
-    *,
-    guest_format: GuestFormat,
-    label: str,
-    instance_uuid: str,
-    cancellation: Cancellation,
-) -> None:
-    """Make a raw disk with a file system, durably; one that exists is kept.
+def file_system(
+    guest_format: GuestFormat, label: str, identity: uuid.UUID, cancellation: Cancellation
+) -> Write:
+    """Return what formats a disk.
 
     Args:
         label: at most 11 characters, the limit of vfat: `ephemeral0` …
+        identity: the file system's UUID.
 
-    Raises:
-        BackendError: the program is missing or failed, or something else
-            stands at the disk's path. Nothing is left behind.
+    What is returned raises:
+        BackendError: the program is missing or failed.
         InsufficientFreeSpace
         BootwrightError: the reason of the cancellation.
     """
-    identity = _identity(instance_uuid, disk)
 
     def command(path: Path) -> list[str | Path] | None:
         match guest_format:
@@ -65,41 +58,37 @@ def create(
             case _:
                 assert_never(guest_format)
 
-    _create(disk, command, cancellation)
+    return _formatting(label, command, cancellation)
 
 
-def create_swap(disk: Disk, *, instance_uuid: str, cancellation: Cancellation) -> None:
-    """Make a raw disk that a guest can `swapon`. The rest is as with `create`."""
-    identity = str(_identity(instance_uuid, disk))
-    _create(disk, lambda path: ["mkswap", "-L", _SWAP_LABEL, "-U", identity, path], cancellation)
+def swap(identity: uuid.UUID, cancellation: Cancellation) -> Write:
+    """Return what makes a disk one that a guest can `swapon`; it raises as for `file_system`."""
+    return _formatting(
+        _SWAP_LABEL,
+        lambda path: ["mkswap", "-L", _SWAP_LABEL, "-U", str(identity), path],
+        cancellation,
+    )
 
 
-def _create(
-    disk: Disk, command: Callable[[Path], list[str | Path] | None], cancellation: Cancellation
-) -> None:
-    what = "formatting"
-    if disk.path.is_file() and not disk.path.is_symlink():
-        return
-    if os.path.lexists(disk.path):
-        raise BackendError(f"{disk.path} is in the way: it is not a regular file")
-    try:
-        with files.replacing(disk.path, needed=disk.virtual_size, what=what) as fd:
-            os.ftruncate(fd, disk.virtual_size)
-            # By its descriptor: the name it has until it is whole is no business of ours.
-            argv = command(Path(f"/proc/self/fd/{fd}"))
-            if argv is not None:
-                process.run(
-                    argv, timeout_s=_MKFS_LIMIT_S, cancellation=cancellation, pass_fds=(fd,)
-                )
-    except process.ProgramFailed as e:
-        if "No space left on device" in e.stderr:
-            free = files.free_bytes(disk.path.parent)
-            raise files.no_space(disk.path, disk.virtual_size, free, what) from e
-        raise BackendError(f"formatting {disk.path}: {e}") from e
-    except OSError as e:
-        raise BackendError(f"creating {disk.path}: {e}") from e
+def _formatting(
+    label: str,
+    command: Callable[[Path], list[str | Path] | None],
+    cancellation: Cancellation,
+) -> Write:
+    def write(fd: int) -> None:
+        # By its descriptor: the name it has until it is whole is no business of theirs.
+        argv = command(Path(f"/proc/self/fd/{fd}"))
+        if argv is None:
+            return
+        try:
+            process.run(argv, timeout_s=_MKFS_LIMIT_S, cancellation=cancellation, pass_fds=(fd,))
+        except process.ProgramFailed as e:
+            if "No space left on device" in e.stderr:
+                raise InsufficientFreeSpace(
+                    f"formatting {label}: {e}",
+                    "free space below instances_path; 'bootwright cache gc' removes bases nobody "
+                    "uses",
+                ) from e
+            raise BackendError(f"formatting {label}: {e}") from e
 
-
-def _identity(instance_uuid: str, disk: Disk) -> uuid.UUID:
-    """The same for the same disk however often a crash has it made again."""
-    return uuid.uuid5(uuid.UUID(instance_uuid), disk.path.name)
+    return write

@@ -378,7 +378,6 @@ def _discard(partial: Partial) -> None:
 
 def _base(image: Image, entry: Entry, *, origin: str, received: int = 0, resumed: int = 0) -> Base:
     return Base(
-        name=entry.name,
         path=entry.path,
         format=entry.manifest.format,
         virtual_size=entry.manifest.virtual_size,

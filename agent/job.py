@@ -38,8 +38,13 @@ class OnFailure(enum.StrEnum):
 
 
 class ImagesType(enum.StrEnum):
+    """The backends of `agent/backends/`."""
+
     QCOW2 = "qcow2"
     RAW = "raw"
+    LVM = "lvm"
+    RBD = "rbd"
+    PLOOP = "ploop"
 
 
 class GuestFormat(enum.StrEnum):
@@ -215,8 +220,8 @@ class JobRequest(_Schema):
     image: ImageRef | None = None
     """Needed to boot, prepare and fetch."""
     images_type: ImagesType | None = None
-    """How the root disk is made: `qcow2` is an overlay on the base, `raw` a copy of it. The host's
-    `images_type` if absent."""
+    """How the disks are kept: `qcow2` is an overlay on the base, `raw` a copy of it; `lvm`, `rbd`
+    and `ploop` where the host is set up for them. The host's `images_type` if absent."""
     libvirt: Libvirt = Field(default_factory=Libvirt)
     """What becomes of the domain."""
     networks: tuple[Network, ...] | None = Field(default=None, max_length=16)

@@ -10,16 +10,20 @@ from types import FrameType
 
 from agent import metrics, privileges, systemd
 from agent.api import create_app, create_metrics_app
-from agent.build import Defaults, Host
+from agent.backends import Backends
+from agent.backends.flat import Flat
+from agent.backends.qcow2 import Qcow2
 from agent.cancellation import Cancellation
 from agent.directory import DirectorySource
 from agent.errors import AgentStopping
 from agent.glance import GlanceSource
+from agent.host import Defaults, Host
 from agent.housekeeping import Housekeeping
 from agent.hypervisor import Hypervisor
 from agent.image import Image
 from agent.image_cache import ImageCache
 from agent.instances import Instances
+from agent.job import ImagesType
 from agent.journal import Journal
 from agent.last_use import LastUse
 from agent.listener import Listener, MetricsListener
@@ -174,6 +178,7 @@ class _Parts:
         )
         host = Host(
             image_cache=self.image_cache,
+            backends=Backends({ImagesType.QCOW2: Qcow2(), ImagesType.RAW: Flat()}),
             instances=self.instances,
             hypervisor=hypervisor,
             touch=touch,
@@ -181,7 +186,7 @@ class _Parts:
                 virt_type=settings.libvirt.virt_type,
                 images_type=settings.libvirt.images_type,
                 ephemeral_format=settings.default_ephemeral_format,
-                cache_mode=settings.libvirt.cache_mode,
+                cache_modes=settings.libvirt.cache_modes,
                 discard=settings.libvirt.discard or "ignore",
             ),
         )

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agent.build import Build, Host, remove_instance
+from agent.build import Build
 from agent.cancellation import Cancellation
+from agent.host import Host
 from agent.image import require_active
 from agent.job import Action, JobRequest
 from agent.recorder import Recorder
+from agent.removal import remove_instance
 from agent.report import ImageReport, InstanceReport, Status, TaskState
 
 

@@ -225,19 +225,6 @@ def create_overlay(
             f"a backing file needs an absolute path of at most {_MAX_BACKING_NAME} bytes, "
             f"not {backing_file}"
         )
-    text = backing_format.encode("ascii")
-    extension = _EXTENSION.pack(_EXTENSION_BACKING_FORMAT, len(text))
-    _create(target, virtual_size, extension + text + bytes(-len(text) % 8), name, mode)
-
-
-def create_empty(target: Path, *, virtual_size: int, mode: int = 0o640) -> None:
-    """Make an empty disk that stands on nothing. Arguments and errors as `create_overlay`."""
-    _create(target, virtual_size, b"", b"", mode)
-
-
-def _create(
-    target: Path, virtual_size: int, extensions: bytes, backing_name: bytes, mode: int
-) -> None:
     if not 0 < virtual_size <= MAX_VIRTUAL_SIZE or virtual_size % 512:
         raise ValueError(
             f"a virtual size is a multiple of 512 up to {MAX_VIRTUAL_SIZE}, not {virtual_size}"
@@ -246,18 +233,21 @@ def _create(
     # for 32,768 clusters), and the L1 table follows. It is all zeros, so a hole.
     l1_entries = -(-virtual_size // (_CLUSTER * (_CLUSTER // 8)))
     clusters = 3 + -(-l1_entries * 8 // _CLUSTER)
-    extensions += _EXTENSION.pack(_EXTENSION_END, 0)
+    text = backing_format.encode("ascii")
+    extensions = b"".join((
+        _EXTENSION.pack(_EXTENSION_BACKING_FORMAT, len(text)), text, bytes(-len(text) % 8),
+        _EXTENSION.pack(_EXTENSION_END, 0),
+    ))  # fmt: skip
     length = 112
-    backing_offset = length + len(extensions) if backing_name else 0
     header = b"".join((
         _HEADER_V2.pack(
-            MAGIC, 3, backing_offset, len(backing_name), _CLUSTER_BITS, virtual_size, 0,
+            MAGIC, 3, length + len(extensions), len(name), _CLUSTER_BITS, virtual_size, 0,
             l1_entries, 3 * _CLUSTER, 1 * _CLUSTER, 1, 0, 0,
         ),
         _HEADER_V3.pack(0, 0, 0, 4, length),
         bytes(8),  # compression type zlib, and padding
         extensions,
-        backing_name,
+        name,
     ))  # fmt: skip
     with files.replacing(
         target, needed=3 * files.BLOCK, what="creating the qcow2 disk", mode=mode

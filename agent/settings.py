@@ -5,11 +5,13 @@ own arguments. Times are seconds, sizes are bytes.
 """
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from keystoneauth1.session import Session
 
+from agent.disk import DiskType
 from agent.job import GuestFormat, ImagesType
 
 
@@ -25,8 +27,7 @@ class LibvirtSettings:
     """kvm or qemu."""
     images_type: ImagesType
     """What a job that names none gets."""
-    cache_mode: str
-    """Of disks that are files."""
+    cache_modes: Mapping[DiskType, str]
     discard: str | None
     """ignore or unmap; None leaves it to QEMU."""
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from agent import qcow2
-from agent.disk import Disk, Link
+from agent.disk import Disk, DiskType, Link
 from agent.domain_xml import DomainSpec, build
 from agent.errors import HypervisorError, InstanceExists, InvalidJob
 from agent.hardware import Hardware, assign_devices
 from agent.hypervisor import Hypervisor
+from agent.job import ImagesType
 from agent.report import Role
 from functional.harness.libvirtd import PrivateLibvirtd
 
@@ -66,13 +67,21 @@ def new_spec(root: Path, properties: dict[str, str] | None = None) -> DomainSpec
     disks = (
         Disk(
             role=Role.ROOT,
+            backend=ImagesType.QCOW2,
             path=directory / "disk",
             format="qcow2",
             virtual_size=4 * MIB,
             backing_chain=(Link(path=base, format="raw"),),
         ),
         *(
-            Disk(role=role, path=directory / name, format="raw", virtual_size=MIB, read_only=fixed)
+            Disk(
+                role=role,
+                backend=ImagesType.RAW,
+                path=directory / name,
+                format="raw",
+                virtual_size=MIB,
+                read_only=fixed,
+            )
             for role, name, fixed in (
                 (Role.EPHEMERAL, "disk.eph0", False),
                 (Role.CONFIG_DRIVE, "disk.config", True),
@@ -91,7 +100,7 @@ def new_spec(root: Path, properties: dict[str, str] | None = None) -> DomainSpec
         disks=assign_devices(disks, hardware),
         hardware=hardware,
         console_log=directory / "console.log",
-        cache_mode="writeback",
+        cache_modes=dict.fromkeys(DiskType, "writeback"),
         discard="unmap",
     )
 

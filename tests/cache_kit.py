@@ -171,6 +171,7 @@ class CacheKit:
             disks=(
                 Disk(
                     role=Role.ROOT,
+                    backend=ImagesType.QCOW2,
                     path=self.directory / "disk",
                     format="qcow2",
                     virtual_size=base.virtual_size,

@@ -10,15 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from agent.build import Build, Defaults, Host, remove_instance
+from agent.backends import Backends
+from agent.backends.flat import Flat
+from agent.backends.qcow2 import Qcow2
+from agent.build import Build
 from agent.cancellation import Cancellation
-from agent.errors import BootwrightError, HypervisorError, InstanceExists
+from agent.disk import DiskType
+from agent.errors import BootwrightError, HypervisorError, InstanceExists, InvalidJob
+from agent.host import Defaults, Host
 from agent.hypervisor import Hypervisor
 from agent.image import Image
 from agent.instances import Instances
 from agent.job import GuestFormat, ImagesType, parse
 from agent.journal import Journal, digest_of
 from agent.recorder import Recorder
+from agent.removal import remove_instance
 from agent.report import JobReport, Status
 from tests.cache_kit import CacheKit, Source, random_bytes
 
@@ -36,6 +42,7 @@ class Site:
         self.hypervisor = Hypervisor("test:///default", virt_type="test")
         self.host = Host(
             image_cache=self.kit.cache,
+            backends=Backends({ImagesType.QCOW2: Qcow2(), ImagesType.RAW: Flat()}),
             instances=self.kit.instances,
             hypervisor=self.hypervisor,
             touch=self.touched,
@@ -43,7 +50,7 @@ class Site:
                 virt_type="test",
                 images_type=ImagesType.QCOW2,
                 ephemeral_format=GuestFormat.EXT4,
-                cache_mode="none",
+                cache_modes=dict.fromkeys(DiskType, "none"),
                 discard="ignore",
             ),
         )
@@ -180,6 +187,15 @@ def test_failure_before_anything_was_defined_is_undone_without_libvirt(
         )
     assert not site.directory.exists()
     assert site.kit.instances.all() == []
+
+
+def test_disks_of_a_type_the_host_does_not_keep_are_refused_before_anything_is_fetched(
+    site: Site,
+) -> None:
+    with pytest.raises(InvalidJob, match="keeps no lvm disks, only qcow2, raw"):
+        site.run(images_type="lvm")
+    assert site.kit.source.opened == []
+    assert not site.directory.exists()
 
 
 def test_instance_whose_domain_cannot_be_asked_for_keeps_its_disks(

@@ -11,6 +11,7 @@ from oslo_config import cfg, types
 from agent import config, config_files
 from agent.config import ConfigError, Configuration
 from agent.config_files import api_socket
+from agent.disk import DiskType
 from agent.job import GuestFormat, ImagesType
 from agent.settings import ImageSourceName, Settings
 
@@ -51,7 +52,7 @@ def test_defaults(write: Write) -> None:
     assert found.image_cache.directory == Path("/var/lib/bootwright/instances/_base")
     assert found.api.socket == Path("/run/bootwright/bootwright.sock")
     assert found.libvirt.images_type is ImagesType.QCOW2
-    assert found.libvirt.cache_mode == "none"
+    assert found.libvirt.cache_modes[DiskType.FILE] == "none"
     assert found.libvirt.discard is None
     assert found.default_ephemeral_format is GuestFormat.EXT4
     assert found.images.source is ImageSourceName.DIRECTORY
@@ -70,7 +71,7 @@ def test_values_reach_the_settings(write: Write) -> None:
         )
     )
     assert found.libvirt.images_type is ImagesType.RAW
-    assert found.libvirt.cache_mode == "writeback"
+    assert found.libvirt.cache_modes[DiskType.FILE] == "writeback"
     assert found.qemu_img.address_space == 4 << 30
     assert found.image_cache.directory == Path("/srv/i/_base")
     assert found.images.glance is not None

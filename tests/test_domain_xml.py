@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
-from agent.disk import Disk, Link
+from agent.disk import Disk, DiskType, Link
 from agent.domain_xml import NAMESPACE, DomainSpec, build, fill_template
 from agent.errors import InvalidJob
 from agent.hardware import Hardware, assign_devices
-from agent.job import Network
+from agent.job import ImagesType, Network
 from agent.report import Role
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,24 +28,48 @@ GIB = 1 << 30
 
 OVERLAY = Disk(
     role=Role.ROOT,
+    backend=ImagesType.QCOW2,
     path=DIRECTORY / "disk",
     format="qcow2",
     virtual_size=20 * GIB,
     backing_chain=(Link(path=BASE, format="raw"),),
 )
-FLAT = Disk(role=Role.ROOT, path=DIRECTORY / "disk", format="raw", virtual_size=20 * GIB)
-EPHEMERAL = Disk(
-    role=Role.EPHEMERAL, path=DIRECTORY / "disk.eph0", format="raw", virtual_size=10 * GIB
+FLAT = Disk(
+    role=Role.ROOT,
+    backend=ImagesType.RAW,
+    path=DIRECTORY / "disk",
+    format="raw",
+    virtual_size=20 * GIB,
 )
-SWAP = Disk(role=Role.SWAP, path=DIRECTORY / "disk.swap", format="raw", virtual_size=GIB)
+EPHEMERAL = Disk(
+    role=Role.EPHEMERAL,
+    backend=ImagesType.RAW,
+    path=DIRECTORY / "disk.eph0",
+    format="raw",
+    virtual_size=10 * GIB,
+)
+SWAP = Disk(
+    role=Role.SWAP,
+    backend=ImagesType.RAW,
+    path=DIRECTORY / "disk.swap",
+    format="raw",
+    virtual_size=GIB,
+)
 CONFIG_DRIVE = Disk(
     role=Role.CONFIG_DRIVE,
+    backend=ImagesType.RAW,
     path=DIRECTORY / "disk.config",
     format="raw",
     virtual_size=1 << 20,
     read_only=True,
 )
-KERNEL = Disk(role=Role.KERNEL, path=DIRECTORY / "kernel", format="raw", virtual_size=1 << 23)
+KERNEL = Disk(
+    role=Role.KERNEL,
+    backend=ImagesType.RAW,
+    path=DIRECTORY / "kernel",
+    format="raw",
+    virtual_size=1 << 23,
+)
 
 
 def domain_spec(*disks: Disk, properties: dict[str, str] | None = None) -> DomainSpec:
@@ -62,7 +86,7 @@ def domain_spec(*disks: Disk, properties: dict[str, str] | None = None) -> Domai
         disks=assign_devices(disks or (OVERLAY,), hardware),
         hardware=hardware,
         console_log=DIRECTORY / "console.log",
-        cache_mode="none",
+        cache_modes=dict.fromkeys(DiskType, "none"),
         discard="unmap",
     )
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from agent.backends import Backend, by_type
+from agent.backends import Backend
+from agent.backends.flat import Flat
+from agent.backends.qcow2 import Qcow2
 from agent.base import Base
 from agent.cancellation import Cancellation
-from agent.disk import Disk
+from agent.disk import Disk, Home
 from agent.errors import BackendError
 from agent.image import Image
-from agent.job import ImagesType
 from agent.report import Role
 from tests.corpus import qcow2_images, vmdk_images
 from tests.corpus.case import MIB
@@ -37,10 +38,10 @@ HEADERS: Mapping[str, Callable[[Path], bytes]] = {
 }
 
 
-@pytest.fixture(params=list(ImagesType))
+@pytest.fixture(params=[Flat, Qcow2])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    images_type: ImagesType = request.param
-    return by_type(images_type)
+    made: Backend = request.param()
+    return made
 
 
 @pytest.fixture
@@ -48,7 +49,6 @@ def base(tmp_path: Path) -> Base:
     path = tmp_path / ("a1" * 20)
     path.write_bytes(os.urandom(MIB))
     return Base(
-        name=path.name,
         path=path,
         format="raw",
         virtual_size=MIB,
@@ -59,10 +59,10 @@ def base(tmp_path: Path) -> Base:
 
 
 @pytest.fixture
-def instance_dir(tmp_path: Path) -> Path:
-    directory = tmp_path / "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
-    directory.mkdir()
-    return directory
+def home(tmp_path: Path) -> Home:
+    uuid = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
+    (tmp_path / uuid).mkdir()
+    return Home(uuid=uuid, directory=tmp_path / uuid)
 
 
 def written(disk: Disk, header: bytes, work: Path) -> None:
@@ -83,13 +83,13 @@ def read(disk: Disk, work: Path) -> bytes:
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_header_written_by_a_guest_is_only_content(
-    name: str, backend: Backend, base: Base, instance_dir: Path, tmp_path: Path
+    name: str, backend: Backend, base: Base, home: Home, tmp_path: Path
 ) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(SECRET)
     header = HEADERS[name](secret)
     before = base.path.read_bytes()
-    disk = backend.plan(instance_dir, Role.ROOT, "disk", base, MIB)
+    disk = backend.plan(home, Role.ROOT, "disk", base, MIB)
     backend.prepare(disk, base, Cancellation())
     written(disk, header, tmp_path)
 
@@ -102,26 +102,26 @@ def test_a_header_written_by_a_guest_is_only_content(
     assert not content[MIB:].strip(b"\0")
     assert secret.read_bytes() == SECRET
     assert base.path.read_bytes() == before
-    backend.remove(grown, instance_dir)
+    backend.remove(grown, home)
     assert secret.exists()
-    assert list(instance_dir.iterdir()) == []
+    assert list(home.directory.iterdir()) == []
 
 
 @pytest.mark.parametrize("dangling", [False, True])
 def test_a_link_at_the_disks_place_is_not_followed(
-    dangling: bool, backend: Backend, base: Base, instance_dir: Path, tmp_path: Path
+    dangling: bool, backend: Backend, base: Base, home: Home, tmp_path: Path
 ) -> None:
     secret = tmp_path / "secret"
     if not dangling:
         secret.write_bytes(SECRET)
-    disk = backend.plan(instance_dir, Role.ROOT, "disk", base, MIB)
+    disk = backend.plan(home, Role.ROOT, "disk", base, MIB)
     disk.path.symlink_to(secret)
 
     with pytest.raises(BackendError, match="not a regular file"):
         backend.prepare(disk, base, Cancellation())
     with pytest.raises(BackendError, match="not a regular file"):
-        backend.create_empty(disk)
-    backend.remove(disk, instance_dir)
+        backend.generate(disk, lambda _: None, Cancellation())
+    backend.remove(disk, home)
 
     assert not os.path.lexists(disk.path)
     assert secret.exists() != dangling

@@ -9,14 +9,21 @@ from hypothesis import strategies as st
 from agent.disk import Disk
 from agent.errors import ImageUnacceptable
 from agent.hardware import Bus, Firmware, Hardware, NicModel, assign_devices, assign_macs
-from agent.job import Network
+from agent.job import ImagesType, Network
 from agent.report import Role
 
 UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
 
 
 def disk(role: Role, *, device: str = "disk") -> Disk:
-    return Disk(role=role, path=Path("/i", role), format="raw", virtual_size=1, device=device)
+    return Disk(
+        role=role,
+        backend=ImagesType.RAW,
+        path=Path("/i", role),
+        format="raw",
+        virtual_size=1,
+        device=device,
+    )
 
 
 def names(*disks: Disk, **properties: str) -> list[tuple[str | None, str | None, str]]:

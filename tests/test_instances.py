@@ -35,6 +35,7 @@ def record(directory: Path, uuid: str = UUID, name: str = "web-1") -> InstanceRe
         metadata={"tier": "web"},
         disks=(
             Disk(
+                backend=ImagesType.QCOW2,
                 role=Role.ROOT,
                 path=directory / uuid / "disk",
                 format="qcow2",

@@ -31,6 +31,10 @@ def qemu_img(*words: str | Path) -> dict[str, Any]:
     return answer
 
 
+def create_empty(path: Path, size: int) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(size)], check=True)
+
+
 def check(path: Path) -> None:
     answer = qemu_img("check", "--output=json", "-f", "qcow2", path)
     assert answer["check-errors"] == 0
@@ -50,7 +54,7 @@ def test_qemu_finds_nothing_wrong_with_an_overlay(
     if backing_format == "raw":
         base.write_bytes(b"x" * 4096)
     else:
-        qcow2.create_empty(base, virtual_size=4096)
+        create_empty(base, 4096)
     qcow2.create_overlay(
         target, virtual_size=size, backing_file=base, backing_format=backing_format
     )
@@ -60,19 +64,6 @@ def test_qemu_finds_nothing_wrong_with_an_overlay(
     assert info["backing-filename"] == str(base)
     assert info["backing-filename-format"] == backing_format
     assert target.stat().st_blocks * 512 <= 3 * 4096
-
-
-@given(sizes)
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
-)
-def test_an_empty_disk_passes_qemus_check_and_ours(tmp_path: Path, size: int) -> None:
-    target = tmp_path / "disk"
-    qcow2.create_empty(target, virtual_size=size)
-    check(target)
-    assert qemu_img("info", "--output=json", "-f", "qcow2", target)["virtual-size"] == size
-    data = target.read_bytes()
-    assert qcow2.parse_header(data, len(data)).virtual_size == size
 
 
 def test_a_backing_name_of_1023_bytes_is_read_back_whole(tmp_path: Path) -> None:
@@ -122,7 +113,12 @@ def test_an_overlay_shows_its_base_and_takes_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, -512, 511, 513, 64 * TIB + 512])
 def test_sizes_that_cannot_be_exact_are_refused(tmp_path: Path, size: int) -> None:
     with pytest.raises(ValueError, match="multiple of 512"):
-        qcow2.create_empty(tmp_path / "disk", virtual_size=size)
+        qcow2.create_overlay(
+            tmp_path / "disk",
+            virtual_size=size,
+            backing_file=tmp_path / "base",
+            backing_format="raw",
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -164,7 +160,7 @@ def test_whatever_qemu_makes_is_accepted(tmp_path: Path, options: str, size: int
 
 
 def good_header(tmp_path: Path) -> bytearray:
-    qcow2.create_empty(tmp_path / "good", virtual_size=GIB)
+    create_empty(tmp_path / "good", GIB)
     return bytearray((tmp_path / "good").read_bytes())
 
 

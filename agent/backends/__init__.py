@@ -1,36 +1,40 @@
-"""The backends: how a disk is made of a base, or of nothing.
+"""The backends: how a disk is made, of a base or of nothing, and how it goes.
 
-Another backend is one module here and one line in `_BACKENDS`, and passes
-`tests/test_backends.py`.
+Another backend is one module here and one line in `main`, where those of a host
+are put together. It passes the suite of `tests/backend_contract.py`.
 """
 
-from pathlib import Path
-from typing import Final, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
-from agent.backends.flat import Flat
-from agent.backends.qcow2 import Qcow2
 from agent.base import Base
 from agent.cancellation import Cancellation
-from agent.disk import Disk
+from agent.disk import Disk, Home, RbdAccess
+from agent.errors import InvalidJob
 from agent.job import ImagesType
 from agent.report import Role
 
+Write = Callable[[int], None]
+"""Puts the content of a disk into an empty, sparse, raw file of its size, given by descriptor."""
+
 
 class Backend(Protocol):
-    """One way to keep a disk; holds no state, so threads may share it.
+    """One way to keep a disk; threads may share it.
 
     A disk that exists is whole: it is made under another name and renamed, so
-    every method may be called again after a crash at any instant.
+    every method may be called again after a crash at any instant. What bears a
+    disk's name and is not the agent's is neither used nor removed.
     """
 
-    def plan(
-        self, instance_dir: Path, role: Role, name: str, base: Base | None, virtual_size: int
-    ) -> Disk:
+    def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:
         """Return what a disk will be; nothing is made, nothing is looked at.
 
+        A backend whose disks have nothing to gain without a base may plan one
+        that another backend keeps, which `Disk.backend` then tells.
+
         Args:
-            name: the disk's name in the instance's directory, such as `disk.eph0`.
-            base: what it will be made of; None for an empty disk.
+            name: the disk's, such as `disk` or `disk.eph0`.
+            base: what it will be made of; None for a disk made by `generate`.
             virtual_size: bytes, not less than the base's.
 
         Raises:
@@ -42,13 +46,14 @@ class Backend(Protocol):
         """Make a disk of its base; one that exists is kept, with what the guest wrote.
 
         Raises:
-            BackendError: something else stands at its path, or it could not be made.
+            BackendError: something else stands in its place, or it could not be made.
             InsufficientFreeSpace
+            BootwrightError: the reason of the cancellation.
         """
         ...
 
-    def create_empty(self, disk: Disk) -> None:
-        """Make a disk that reads as zeros; one that exists is kept. Raises as `prepare`."""
+    def generate(self, disk: Disk, write: Write, cancellation: Cancellation) -> None:
+        """Make a disk of what `write` writes; one that exists is kept. Raises as `prepare`."""
         ...
 
     def grow(self, disk: Disk, virtual_size: int) -> Disk:
@@ -59,7 +64,7 @@ class Backend(Protocol):
         """
         ...
 
-    def remove(self, disk: Disk, instance_dir: Path) -> None:
+    def remove(self, disk: Disk, home: Home) -> None:
         """Remove a disk; one that is not there is no error.
 
         Raises:
@@ -67,12 +72,35 @@ class Backend(Protocol):
         """
         ...
 
+    def access(self) -> RbdAccess | None:
+        """Return what a domain has to know to reach these disks, beside their paths.
 
-_BACKENDS: Final[dict[ImagesType, Backend]] = {
-    ImagesType.QCOW2: Qcow2(),
-    ImagesType.RAW: Flat(),
-}
+        Raises:
+            BackendError: it cannot be found out.
+        """
+        ...
 
 
-def by_type(images_type: ImagesType) -> Backend:
-    return _BACKENDS[images_type]
+class Backends:
+    """Those of one host, by the `images_type` that asks for them; threads may share it."""
+
+    def __init__(self, backends: Mapping[ImagesType, Backend]) -> None:
+        self._backends = dict(backends)
+
+    def __getitem__(self, images_type: ImagesType) -> Backend:
+        """Raises: InvalidJob: this host has none of that type."""
+        try:
+            return self._backends[images_type]
+        except KeyError:
+            raise InvalidJob(
+                f"this host keeps no {images_type} disks, only {', '.join(self._backends)}",
+                f"ask for another images_type, or configure {images_type} in [libvirt] "
+                "(docs/configuration.md)",
+            ) from None
+
+    def require(self, images_type: ImagesType) -> None:
+        """Raises: InvalidJob: this host has none of that type."""
+        self[images_type]
+
+    def __iter__(self) -> Iterator[ImagesType]:
+        return iter(self._backends)

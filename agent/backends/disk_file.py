@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.base import Base
-from agent.disk import Disk
+from agent.disk import Disk, Home
 from agent.errors import BackendError
 from agent.files import fsync_directory
 
@@ -18,15 +18,15 @@ from agent.files import fsync_directory
 _NAME: Final = re.compile(r"[a-z][a-z0-9.]*")
 
 
-def path_of(instance_dir: Path, name: str) -> Path:
+def path_of(home: Home, name: str) -> Path:
     """Return where the disk `name` of an instance stands.
 
     Raises:
-        BackendError: `name` is not the name of a file in that directory.
+        BackendError: `name` is not the name of a file in its directory.
     """
     if not _NAME.fullmatch(name):
-        raise BackendError(f"{name!r} is not the name of a disk in {instance_dir}")
-    return instance_dir / name
+        raise BackendError(f"{name!r} is not the name of a disk in {home.directory}")
+    return home.directory / name
 
 
 def check_holds(virtual_size: int, base: Base) -> None:
@@ -66,14 +66,14 @@ def exists(disk: Disk) -> bool:
     return True
 
 
-def remove(disk: Disk, instance_dir: Path) -> None:
+def remove(disk: Disk, home: Home) -> None:
     """Remove the disk's file durably. The contract is that of `Backend.remove`."""
-    if disk.path != path_of(instance_dir, disk.path.name):
-        raise BackendError(f"{disk.path} is not in {instance_dir} and was not removed")
+    if disk.path != path_of(home, disk.path.name):
+        raise BackendError(f"{disk.path} is not in {home.directory} and was not removed")
     # By its name in the opened directory: neither a link put in place of the
     # directory nor one in place of the file leads anywhere else.
     try:
-        directory = os.open(instance_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        directory = os.open(home.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return
     except OSError as e:
@@ -86,4 +86,4 @@ def remove(disk: Disk, instance_dir: Path) -> None:
         raise BackendError(f"removing {disk.path}: {e.strerror}") from e
     finally:
         os.close(directory)
-    fsync_directory(instance_dir)
+    fsync_directory(home.directory)

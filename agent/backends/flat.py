@@ -8,22 +8,26 @@ directly, and standing on no base it has nothing to gain from being an overlay.
 import dataclasses
 import os
 from pathlib import Path
+from typing import Final
 
 from agent import files
-from agent.backends import disk_file
+from agent.backends import Write, disk_file
 from agent.base import Base
 from agent.cancellation import Cancellation
-from agent.disk import Disk
+from agent.disk import Disk, Home, RbdAccess
 from agent.errors import BackendError
+from agent.job import ImagesType
 from agent.report import Role
+
+_MODE: Final = 0o640
+# It holds passwords, and nobody of the agent's group has to read it.
+_MODES: Final = {Role.CONFIG_DRIVE: 0o600}
 
 
 class Flat:
     """See `Backend`."""
 
-    def plan(
-        self, instance_dir: Path, role: Role, name: str, base: Base | None, virtual_size: int
-    ) -> Disk:
+    def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:
         if base is not None:
             disk_file.check_holds(virtual_size, base)
             if base.format != "raw":
@@ -34,7 +38,8 @@ class Flat:
                 )
         return Disk(
             role=role,
-            path=disk_file.path_of(instance_dir, name),
+            backend=ImagesType.RAW,
+            path=disk_file.path_of(home, name),
             format="raw",
             virtual_size=virtual_size,
             base_name=None if base is None else base.name,
@@ -51,12 +56,19 @@ class Flat:
         except OSError as e:
             raise BackendError(f"copying base {base.name} to {disk.path}: {e.strerror}") from e
 
-    def create_empty(self, disk: Disk) -> None:
+    def generate(self, disk: Disk, write: Write, cancellation: Cancellation) -> None:
+        cancellation.check()
         if disk_file.exists(disk):
             return
         try:
-            with files.replacing(disk.path, needed=0, what="creating") as fd:
+            with files.replacing(
+                disk.path,
+                needed=disk.virtual_size,
+                what="creating",
+                mode=_MODES.get(disk.role, _MODE),
+            ) as fd:
                 os.ftruncate(fd, disk.virtual_size)
+                write(fd)
         except OSError as e:
             raise BackendError(f"creating {disk.path}: {e.strerror}") from e
 
@@ -71,8 +83,11 @@ class Flat:
             raise BackendError(f"growing {disk.path} to {virtual_size} bytes: {e.strerror}") from e
         return dataclasses.replace(disk, virtual_size=virtual_size)
 
-    def remove(self, disk: Disk, instance_dir: Path) -> None:
-        disk_file.remove(disk, instance_dir)
+    def remove(self, disk: Disk, home: Home) -> None:
+        disk_file.remove(disk, home)
+
+    def access(self) -> RbdAccess | None:
+        return None
 
 
 def _lengthen(path: Path, size: int) -> None:

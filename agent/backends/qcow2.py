@@ -1,14 +1,15 @@
 """Disks as overlays: a qcow2 file that holds what differs from the base."""
 
 import dataclasses
-from pathlib import Path
 
 from agent import process, qcow2
-from agent.backends import disk_file
+from agent.backends import Write, disk_file
+from agent.backends.flat import Flat
 from agent.base import Base
 from agent.cancellation import Cancellation
-from agent.disk import Disk, Link
+from agent.disk import Disk, Home, Link, RbdAccess
 from agent.errors import BackendError
+from agent.job import ImagesType
 from agent.report import Role
 
 # An empty L1 table is all that grows, so this is for a disk that hangs.
@@ -16,22 +17,26 @@ _RESIZE_LIMIT_S = 300.0
 
 
 class Qcow2:
-    """See `Backend`."""
+    """See `Backend`.
 
-    def plan(
-        self, instance_dir: Path, role: Role, name: str, base: Base | None, virtual_size: int
-    ) -> Disk:
-        chain: tuple[Link, ...] = ()
-        if base is not None:
-            disk_file.check_holds(virtual_size, base)
-            chain = (Link(path=base.path, format=base.format),)
+    A disk that stands on no base is a flat one: as qcow2 it would share nothing.
+    """
+
+    def __init__(self) -> None:
+        self._flat = Flat()
+
+    def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:
+        if base is None:
+            return self._flat.plan(home, role, name, None, virtual_size)
+        disk_file.check_holds(virtual_size, base)
         return Disk(
             role=role,
-            path=disk_file.path_of(instance_dir, name),
+            backend=ImagesType.QCOW2,
+            path=disk_file.path_of(home, name),
             format="qcow2",
             virtual_size=virtual_size,
-            base_name=None if base is None else base.name,
-            backing_chain=chain,
+            base_name=base.name,
+            backing_chain=(Link(path=base.path, format=base.format),),
         )
 
     def prepare(self, disk: Disk, base: Base, cancellation: Cancellation) -> None:
@@ -48,13 +53,8 @@ class Qcow2:
         except (ValueError, OSError) as e:
             raise BackendError(f"creating the overlay {disk.path}: {e}") from e
 
-    def create_empty(self, disk: Disk) -> None:
-        if disk_file.exists(disk):
-            return
-        try:
-            qcow2.create_empty(disk.path, virtual_size=disk.virtual_size)
-        except (ValueError, OSError) as e:
-            raise BackendError(f"creating {disk.path}: {e}") from e
+    def generate(self, disk: Disk, write: Write, cancellation: Cancellation) -> None:
+        self._flat.generate(disk, write, cancellation)
 
     def grow(self, disk: Disk, virtual_size: int) -> Disk:
         disk_file.check_grows(disk, virtual_size)
@@ -67,5 +67,8 @@ class Qcow2:
             raise BackendError(f"growing {disk.path} to {virtual_size} bytes: {e}") from e
         return dataclasses.replace(disk, virtual_size=virtual_size)
 
-    def remove(self, disk: Disk, instance_dir: Path) -> None:
-        disk_file.remove(disk, instance_dir)
+    def remove(self, disk: Disk, home: Home) -> None:
+        disk_file.remove(disk, home)
+
+    def access(self) -> RbdAccess | None:
+        return None

@@ -1,0 +1,46 @@
+"""How an instance goes: its domain first, then its disks, then the record of it."""
+
+import logging
+
+from agent import domain_xml
+from agent.disk import Home
+from agent.host import Host
+from agent.instances import InstanceRecord
+
+LOG = logging.getLogger(__name__)
+
+
+def remove_instance(host: Host, record: InstanceRecord) -> None:
+    """Destroy and undefine the domain, then remove the disks; done already is fine.
+
+    A domain of that uuid which somebody else has defined is left alone.
+
+    Raises:
+        HypervisorError: libvirt is away or refuses; the disks are all there.
+        BackendError: a file cannot be removed.
+    """
+    mark = host.hypervisor.metadata(record.uuid, domain_xml.NAMESPACE)
+    if mark is not None and domain_xml.job_of(mark) == record.job_id:
+        host.hypervisor.destroy(record.uuid)
+        host.hypervisor.undefine(record.uuid)
+    elif host.hypervisor.state(record.uuid) is not None:
+        LOG.warning(
+            "libvirt has a domain %s that job %s of instance %s did not define; it is left alone",
+            record.uuid,
+            record.job_id,
+            record.name,
+        )
+    remove_disks(host, record)
+
+
+def remove_disks(host: Host, record: InstanceRecord) -> None:
+    """Remove the disks, then the record that tells of them; done already is fine.
+
+    Raises:
+        BackendError: a disk cannot be removed.
+        InvalidJob: the configuration has lost the backend of a disk.
+    """
+    home = Home(uuid=record.uuid, directory=host.instances.directory_of(record.uuid))
+    for disk in record.disks:
+        host.backends[disk.backend].remove(disk, home)
+    host.instances.remove(record.uuid)
