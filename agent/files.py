@@ -62,6 +62,15 @@ def reporting_no_space(path: Path, needed: int, what: str) -> Iterator[None]:
         raise no_space(path, needed, free_bytes(path.parent), what) from e
 
 
+def fsync(path: Path) -> None:
+    """Make the content of file `path` durable; a link is not followed."""
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def fsync_directory(path: Path) -> None:
     """Make the names in directory `path` durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

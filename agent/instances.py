@@ -240,7 +240,10 @@ class Instances:
             if not _is_uuid(directory.name):
                 continue
             for path in directory.glob(UNFINISHED):
-                path.unlink()
+                if path.is_dir() and not path.is_symlink():
+                    remove_tree(path)
+                else:
+                    path.unlink()
                 swept.append(path)
             if (directory / RECORD_NAME).exists():
                 continue

@@ -12,6 +12,7 @@ from agent import metrics, privileges, systemd
 from agent.api import create_app, create_metrics_app
 from agent.backends import Backends
 from agent.backends.flat import Flat
+from agent.backends.ploop import Ploop
 from agent.backends.qcow2 import Qcow2
 from agent.cancellation import Cancellation
 from agent.directory import DirectorySource
@@ -178,7 +179,13 @@ class _Parts:
         )
         host = Host(
             image_cache=self.image_cache,
-            backends=Backends({ImagesType.QCOW2: Qcow2(), ImagesType.RAW: Flat()}),
+            backends=Backends(
+                {
+                    ImagesType.QCOW2: Qcow2(),
+                    ImagesType.RAW: Flat(),
+                    ImagesType.PLOOP: Ploop(qemu_img),
+                }
+            ),
             instances=self.instances,
             hypervisor=hypervisor,
             touch=touch,

@@ -97,6 +97,7 @@ _LIBVIRT: Final[list[cfg.Opt]] = [
             ("default", "what use_cow_images says"),
             ("qcow2", "an overlay on the base in the image cache"),
             ("raw", "a copy of the base, as a reflink where the filesystem can"),
+            ("ploop", "a copy of the base in a ploop image, with the tools of package ploop"),
         ],
         help="How disks are made when the job does not say.",
     ),

@@ -15,9 +15,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from agent.cancellation import Cancellation
 from agent.confinement import Confinement, confined
@@ -34,6 +35,7 @@ _DEBIAN_PACKAGES = {
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
     "mkfs.vfat": "dosfstools",
+    "ploop": "ploop",
 }
 
 
@@ -116,6 +118,7 @@ def run(
     cwd: Path | None = None,
     pass_fds: Collection[int] = (),
     confinement: Confinement | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Completed:
     """Run a program to its end and return what it said.
 
@@ -125,6 +128,7 @@ def run(
         timeout_s: wall-clock seconds, cut short by the cancellation's deadline.
         accept: the exit statuses that are no failure.
         confinement: what it may reach; None for all that we may.
+        environment: over the few names it gets in any case.
 
     Raises:
         ProgramFailed: see `Cause`. Whatever it started in its session is dead.
@@ -145,7 +149,7 @@ def run(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=cwd,
-            env=_environment(limits),
+            env={**_environment(limits), **environment},
             pass_fds=tuple(pass_fds),
             start_new_session=True,
             umask=0o027,

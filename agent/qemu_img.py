@@ -25,6 +25,8 @@ _LOOK_S = 30.0  # wall clock for reading some metadata; measured: 7 ms
 _FULL = ("no space left on device", "disk quota exceeded")
 # glib and QEMU abort when memory runs out, each with words of its own.
 _NO_MEMORY = ("allocate memory", "failed to allocate", "thread_create")
+# Beside the data: tables, and the 128 MiB QEMU takes ahead for a ploop image, and gives back.
+_BESIDE = 256 << 20
 _ROUNDING = 64 << 10  # O_DIRECT writes whole sectors or pages past an odd end
 
 
@@ -102,12 +104,57 @@ class QemuImg:
                 confinement=Confinement(readable=(source,), writable=(target,)),
             )  # fmt: skip
             with files.reporting_no_space(target, needed, what):
-                _fsync(target)
+                files.fsync(target)
         except BaseException as e:
             target.unlink(missing_ok=True)
             if not isinstance(e, ProgramFailed):
                 raise
             raise self._translated(e, what, limits, target, needed) from e
+
+    def fill(
+        self,
+        base: Path,
+        target: Path,
+        target_format: str,
+        cancellation: Cancellation,
+        *,
+        virtual_size: int,
+    ) -> None:
+        """Write the content of a raw base into an image that exists and is not smaller.
+
+        What is in the target after a failure is of no use. It is not synced.
+
+        Args:
+            virtual_size: bytes, the target's.
+
+        Raises:
+            InsufficientFreeSpace
+            BackendError: qemu-img is missing, failed, or took too long.
+            BootwrightError: the reason of the cancellation.
+        """
+        what = f"copying base {base.name} to {target}"
+        limits = process.Limits(
+            cpu_s=self._limits.cpu_s,
+            address_space=self._limits.address_space,
+            file_size=virtual_size + (virtual_size >> 12) + _BESIDE,
+        )
+        cache = "none" if self._supports_direct(target.parent) else "writeback"
+        try:
+            process.run(
+                [
+                    self._program, "convert", "-n", "-t", cache, "-f", "raw",
+                    "-O", target_format, base.absolute(), target.absolute(),
+                ],
+                timeout_s=self._timeout_s,
+                cancellation=cancellation,
+                limits=limits,
+                confinement=Confinement(readable=(base,), writable=(target,)),
+            )  # fmt: skip
+        except ProgramFailed as e:
+            error = self._translated(e, what, limits, target, virtual_size)
+            if isinstance(error, ImageUnacceptable):
+                raise BackendError(error.message) from e
+            raise error from e
 
     def info(self, path: Path, format_: str) -> dict[str, Any]:
         """Return what `qemu-img info` says of one file, without its backing chain.
@@ -214,11 +261,3 @@ def _probe_direct(directory: Path) -> bool:
 def _make_empty(path: Path) -> None:
     path.unlink(missing_ok=True)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640))
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

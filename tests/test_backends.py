@@ -10,13 +10,20 @@ import pytest
 
 from agent.backends import Backend
 from agent.backends.flat import Flat
+from agent.backends.ploop import Ploop
 from agent.backends.qcow2 import Qcow2
 from agent.cancellation import Cancellation
 from agent.disk import Disk, Home
 from agent.errors import BackendError
+from agent.qemu_img import QemuImg
 from agent.report import Role
 from tests.backend_contract import *  # noqa: F403 - the contract suite
 from tests.backend_contract import MIB, BackendSite, base, generated, planned, prepared
+
+
+def driver(disk: Disk) -> str:
+    """QEMU's name of a disk's format, which is libvirt's but for one."""
+    return "parallels" if disk.format == "ploop" else disk.format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,13 +37,13 @@ class FileSite:
     def read(self, disk: Disk) -> bytes:
         raw = self.bases.parent / "content"
         subprocess.run(
-            ["qemu-img", "convert", "-f", disk.format, "-O", "raw", disk.path, raw], check=True
+            ["qemu-img", "convert", "-f", driver(disk), "-O", "raw", disk.path, raw], check=True
         )
         return raw.read_bytes()
 
     def write(self, disk: Disk, data: bytes) -> None:
         command = f"write -q -P {data[0]} 0 {len(data)}"
-        subprocess.run(["qemu-io", "-f", disk.format, "-c", command, disk.path], check=True)
+        subprocess.run(["qemu-io", "-f", driver(disk), "-c", command, disk.path], check=True)
 
     def found(self) -> set[str]:
         return {path.name for path in self.home.directory.iterdir()}
@@ -45,7 +52,14 @@ class FileSite:
         disk.path.symlink_to(self.bases)
 
 
-@pytest.fixture(params=[Flat, Qcow2])
+class PloopSite(FileSite):
+    """The disk is a directory."""
+
+    def occupy(self, disk: Disk) -> None:
+        disk.path.parent.symlink_to(self.bases)
+
+
+@pytest.fixture(params=[Flat, Qcow2, lambda: Ploop(QemuImg())], ids=["flat", "qcow2", "ploop"])
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> FileSite:
     home = Home(
         uuid="0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1",
@@ -53,12 +67,14 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> FileSite:
     )
     home.directory.mkdir()
     (tmp_path / "_base").mkdir()
-    return FileSite(backend=request.param(), home=home, bases=tmp_path / "_base")
+    backend = request.param()
+    kind = PloopSite if isinstance(backend, Ploop) else FileSite
+    return kind(backend=backend, home=home, bases=tmp_path / "_base")
 
 
 def info(disk: Disk) -> dict[str, object]:
     result = subprocess.run(
-        ["qemu-img", "info", "--output=json", "-f", disk.format, disk.path],
+        ["qemu-img", "info", "--output=json", "-f", driver(disk), disk.path],
         capture_output=True,
         check=True,
     )
@@ -155,3 +171,57 @@ def test_kernel_is_copied_to_the_byte(flat: FileSite) -> None:
     disk = flat.backend.plan(flat.home, Role.KERNEL, "kernel", kernel, 100_001)
     flat.backend.prepare(disk, kernel, Cancellation())
     assert disk.path.read_bytes() == content.path.read_bytes()
+
+
+@pytest.fixture
+def ploop(tmp_path: Path) -> FileSite:
+    home = Home(uuid="0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1", directory=tmp_path / "ploop")
+    home.directory.mkdir()
+    (tmp_path / "_base").mkdir()
+    return PloopSite(backend=Ploop(QemuImg()), home=home, bases=tmp_path / "_base")
+
+
+def ploop_check(disk: Disk) -> None:
+    subprocess.run(
+        ["ploop", "check", "--ro", disk.path],
+        env={**os.environ, "PADDING": "0" * 8192},
+        check=True,
+    )
+
+
+def test_ploop_accepts_what_it_is_given(ploop: FileSite) -> None:
+    disk = prepared(ploop, base(ploop))
+    ploop_check(disk)
+    assert {path.name for path in disk.path.parent.iterdir()} == {"root.hds", "DiskDescriptor.xml"}
+
+
+def test_ploop_image_grows_past_its_first_table_after_a_guest_wrote(ploop: FileSite) -> None:
+    disk = prepared(ploop, base(ploop))
+    ploop.write(disk, b"x" * 512)
+    subprocess.run(
+        ["qemu-io", "-f", "parallels", "-c", "write -q -P 3 7M 64k", disk.path], check=True
+    )
+    grown = ploop.backend.grow(disk, 300 << 30)
+    ploop_check(grown)
+    assert info(grown)["virtual-size"] == 300 << 30
+    with grown.path.with_name("DiskDescriptor.xml").open() as file:
+        assert f"<Disk_size>{(300 << 30) // 512}</Disk_size>" in file.read()
+    pattern = "read -P 120 0 512"
+    output = subprocess.run(
+        ["qemu-io", "-f", "parallels", "-c", pattern, "-c", "read -P 3 7M 64k", grown.path],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "failed" not in output
+
+
+def test_ploop_image_of_2_tib_is_refused(ploop: FileSite) -> None:
+    with pytest.raises(BackendError, match="at most"):
+        planned(ploop, base(ploop), 2 << 40)
+
+
+def test_ploop_disk_has_whole_mib(ploop: FileSite) -> None:
+    disk = prepared(ploop, base(ploop), 8 * MIB + 512)
+    assert disk.virtual_size == 9 * MIB
+    assert info(disk)["virtual-size"] == 9 * MIB

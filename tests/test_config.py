@@ -144,7 +144,7 @@ def test_known_names_are_not_warned_of(write: Write) -> None:
         ("[DEFAULT]\nmax_concurrent_builds = many\n", ["= many", "whole number from 1 to 1000"]),
         ("[DEFAULT]\nuse_cow_images = maybe\n", ["must be true or false"]),
         ("[DEFAULT]\nstate_path = relative\n", ["absolute path"]),
-        ("[libvirt]\nimages_type = rbd\n", ["[libvirt]", "default, qcow2, raw"]),
+        ("[libvirt]\nimages_type = tape\n", ["[libvirt]", "default, qcow2, raw"]),
         ("[libvirt]\ndisk_cachemodes = file=fast\n", ["writethrough"]),
         ("[glance]\nstall_timeout = 0\n", ["from 1 to 3600"]),
         ("[glance]\nendpoint_override = ftp://a\n", ["endpoint_override = ftp://a"]),

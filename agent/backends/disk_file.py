@@ -39,6 +39,15 @@ def check_holds(virtual_size: int, base: Base) -> None:
         )
 
 
+def check_raw(base: Base, kind: str) -> None:
+    """Raises: BackendError, if `kind`, such as "a flat disk", cannot be made of `base`."""
+    if base.format != "raw":
+        raise BackendError(
+            f"base {base.name} is {base.format}, and {kind} is a copy of a raw one",
+            "set force_raw_images = true and fetch the image anew, or use images_type qcow2",
+        )
+
+
 def check_grows(disk: Disk, virtual_size: int) -> None:
     """Raises: BackendError, if `disk` would lose bytes."""
     if virtual_size < disk.virtual_size:

@@ -30,12 +30,7 @@ class Flat:
     def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:
         if base is not None:
             disk_file.check_holds(virtual_size, base)
-            if base.format != "raw":
-                raise BackendError(
-                    f"base {base.name} is {base.format}, and a flat disk is a copy of a raw one",
-                    "set force_raw_images = true and fetch the image anew, or use images_type "
-                    "qcow2",
-                )
+            disk_file.check_raw(base, "a flat disk")
         return Disk(
             role=role,
             backend=ImagesType.RAW,

@@ -235,6 +235,13 @@ class PrivateLibvirtd:
             signal.pidfd_send_signal(process, signal.SIGCONT)
             os.close(process)
 
+    def virsh(self, *arguments: str) -> str:
+        """Do what somebody with a shell does; return what virsh prints. Raises if it fails."""
+        done = self._virsh(*arguments)
+        if done.returncode != 0:
+            raise RuntimeError(f"virsh {' '.join(arguments)}: {done.stderr}")
+        return done.stdout
+
     def _destroy_domains(self) -> None:
         for domain in self._virsh("list", "--uuid").stdout.split():
             self._virsh("destroy", domain)
