@@ -29,7 +29,7 @@ from agent.locks import held
 _LOCK_LIMIT_S = 30.0
 
 
-class _HostClaims(BaseModel):
+class HostClaims(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     host_id: str
@@ -98,10 +98,9 @@ class Claims:
             BackendError: a host's file cannot be read, so nobody knows.
         """
         found: dict[str, tuple[str, ...]] = {}
-        for path in sorted(self._directory.glob("[!.]*.json")):
+        for path, claims in all_of(self._directory):
             if path == self._path:
                 continue
-            claims = _read(path)
             if claims is None:
                 raise BackendError(
                     f"{path} cannot be read, so which bases host {path.stem} needs is unknown",
@@ -125,7 +124,7 @@ class Claims:
             yield
 
     def _write(self, bases: frozenset[str]) -> None:
-        claims = _HostClaims(
+        claims = HostClaims(
             host_id=self._host_id,
             hostname=socket.gethostname(),
             written_at=time.time(),
@@ -140,8 +139,14 @@ class Claims:
         self._bases = bases
 
 
-def _read(path: Path) -> _HostClaims | None:
+def all_of(directory: Path) -> Iterator[tuple[Path, HostClaims | None]]:
+    """Yield the file of each host, and what it claims; None if that cannot be read."""
+    for path in sorted(directory.glob("[!.]*.json")):
+        yield path, _read(path)
+
+
+def _read(path: Path) -> HostClaims | None:
     try:
-        return _HostClaims.model_validate_json(path.read_bytes())
+        return HostClaims.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None

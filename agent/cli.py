@@ -15,6 +15,7 @@ _COMMANDS = {
     "image": "agent.commands.images:image",
     "cache": "agent.commands.images:cache",
     "status": "agent.commands.status:status",
+    "doctor": "agent.commands.doctor:doctor",
     "config": "agent.commands.configuration:config_group",
 }
 

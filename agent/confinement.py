@@ -100,7 +100,7 @@ def confined(start: Callable[[], T], confinement: Confinement, program: Path) ->
 
 
 def _confine_this_thread(confinement: Confinement, program: Path) -> None:
-    abi = _landlock_abi()
+    abi = landlock_abi()
     _check(_libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
     if abi:
         ruleset = _ruleset(confinement, program, abi)
@@ -112,7 +112,7 @@ def _confine_this_thread(confinement: Confinement, program: Path) -> None:
 
 
 @functools.cache
-def _landlock_abi() -> int:
+def landlock_abi() -> int:
     """Return how much of Landlock the kernel has; 0 is none of it."""
     abi: int = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _CREATE_RULESET_VERSION)
     if abi >= 1:

@@ -135,7 +135,7 @@ def copy_sparse(
         status = os.fstat(opened.fileno())
         allocated = min(status.st_size, status.st_blocks * 512)
         with replacing(target, needed=allocated, what=what, mode=mode) as fd:
-            if _clone(opened.fileno(), fd):
+            if clone(opened.fileno(), fd):
                 return
             free = free_bytes(target.parent)
             if allocated > free:
@@ -253,7 +253,12 @@ def _write_at(fd: int, data: memoryview, offset: int) -> None:
         offset += written
 
 
-def _clone(source: int, target: int) -> bool:
+def clone(source: int, target: int) -> bool:
+    """Let one file, a descriptor, share the extents of another; False if that cannot be.
+
+    Raises:
+        OSError: it could be, and failed.
+    """
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError as e:

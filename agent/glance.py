@@ -26,7 +26,7 @@ from keystoneauth1.session import Session
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from agent.errors import ImageCorrupt, ImageNotActive, ImageNotFound, ImageSourceUnavailable
-from agent.glance_errors import FOREIGN, refusal, translated
+from agent.glance_errors import FOREIGN, clock, refusal, translated
 from agent.image import Image
 from agent.job import image_id as canonical_image_id
 
@@ -92,6 +92,12 @@ class _Record(BaseModel):
     checksum: str | None = None
 
 
+class _List(BaseModel):
+    """The answer to a question for images."""
+
+    images: list[object]
+
+
 class GlanceSource:
     """An image source (agent/transfer.py) that may be shared by any number of threads."""
 
@@ -150,6 +156,42 @@ class GlanceSource:
         endpoint, turn = self._endpoint()
         with self._asking(turn, f"image {image_id} at {_shown(endpoint)}"):
             return _image(self._client(endpoint).images.get(image_id), image_id)
+
+    def endpoints(self) -> tuple[str, ...]:
+        """Return where Glance is, as configured or as the service catalog has it.
+
+        Raises:
+            ImageNotAuthorized, ImageSourceUnavailable: the catalog cannot be had.
+        """
+        return self._endpoints or (self._endpoint()[0],)
+
+    def check(self, endpoint: str) -> float | None:
+        """Ask one endpoint for a list of images; return its clock, seconds since the epoch.
+
+        None if it does not tell the time.
+
+        Raises:
+            ImageNotAuthorized: Glance or Keystone refuses the credentials.
+            ImageSourceUnavailable: no answer, or none that Glance would give.
+        """
+        what = f"the images at {_shown(endpoint)}"
+        with self._asking(self._turn, what):
+            response = self._session.get(
+                f"{endpoint}/v2/images?limit=1",
+                headers={"Accept": "application/json"},
+                timeout=self._timeout,
+                raise_exc=False,
+                redirect=False,
+            )
+            if response.status_code in (404, 410):
+                raise ImageSourceUnavailable(
+                    f"{what}: {response.status_code}: there is no image API",
+                    "check endpoint_override in [glance], or the endpoint in the service catalog",
+                )
+            if response.status_code != 200:
+                raise refusal(response, what)
+            _List.model_validate(response.json())
+            return clock(response)
 
     def open(self, image: Image, offset: int) -> "GlanceBody":
         """Ask for the bytes from `offset` on.

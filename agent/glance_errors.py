@@ -56,6 +56,14 @@ def refusal(response: requests.Response, what: str) -> BootwrightError:
     return _status_error(response.status_code, what, retry_after_s)
 
 
+def clock(response: requests.Response) -> float | None:
+    """Return when an answer was made, by the clock of who made it; None if it does not say."""
+    try:
+        return email.utils.parsedate_to_datetime(response.headers["Date"]).timestamp()
+    except (KeyError, ValueError, OverflowError):
+        return None
+
+
 def translated(error: Exception, what: str) -> BootwrightError:
     """Return our error for one of `FOREIGN`; `what` was asked for, and of whom."""
     match error:

@@ -8,16 +8,14 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from agent import metrics, privileges, systemd
+from agent import image_source, metrics, privileges, systemd
 from agent.api import create_app, create_metrics_app
 from agent.backends import Backends
 from agent.backends.flat import Flat
 from agent.backends.ploop import Ploop
 from agent.backends.qcow2 import Qcow2
 from agent.cancellation import Cancellation
-from agent.directory import DirectorySource
 from agent.errors import AgentStopping
-from agent.glance import GlanceSource
 from agent.host import Defaults, Host
 from agent.housekeeping import Housekeeping
 from agent.hypervisor import Hypervisor
@@ -34,10 +32,10 @@ from agent.pruner import Pruner
 from agent.qemu_img import QemuImg
 from agent.scrub import Scrub
 from agent.service import Agent
-from agent.settings import ImageCacheSettings, ImageSourceName, Settings
+from agent.settings import ImageCacheSettings, Settings
 from agent.space import Space
 from agent.store import Store
-from agent.transfer import ImageSource, RetryPolicy
+from agent.transfer import RetryPolicy
 from agent.usage import Usage
 from agent.verification import Verifier
 from agent.worker import Worker
@@ -131,7 +129,7 @@ class _Parts:
         settings.state_path.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(settings.state_path / "journal.db")
         self.instances = Instances(settings.instances_path)
-        source = _image_source(settings)
+        source = image_source.of(settings.images)
         qemu_img = QemuImg(
             cpu_s=settings.qemu_img.cpu_time_s,
             address_space=settings.qemu_img.address_space,
@@ -282,26 +280,6 @@ class _Parts:
             )
         if drained and tidied:  # else a thread may still write to the journal
             self.journal.close()
-
-
-def _image_source(settings: Settings) -> ImageSource:
-    match settings.images.source:
-        case ImageSourceName.DIRECTORY:
-            settings.images.directory.mkdir(parents=True, exist_ok=True)
-            return DirectorySource(settings.images.directory)
-        case ImageSourceName.GLANCE:
-            glance = settings.images.glance
-            if glance is None:
-                raise AssertionError("the configuration guarantees it")
-            return GlanceSource(
-                glance.session,
-                endpoints=glance.endpoints,
-                service_type=glance.service_type,
-                service_name=glance.service_name,
-                interfaces=glance.interfaces,
-                region_name=glance.region_name,
-                stall_timeout_s=glance.stall_timeout_s,
-            )
 
 
 def _policy(settings: Settings) -> RetryPolicy:

@@ -23,7 +23,7 @@ from types import MappingProxyType
 from agent.cancellation import Cancellation
 from agent.confinement import Confinement, confined
 
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _INHERITED = ("HOME", "TMPDIR")
 _STDOUT_LIMIT = 16 << 20  # bytes; JSON of qemu-img is a few KiB
 _STDERR_KEPT = 8 << 10  # bytes from the end: that is where programs say why
@@ -93,7 +93,7 @@ class ProgramFailed(Exception):
     def __str__(self) -> str:
         name = Path(self.argv[0]).name
         if self.cause is Cause.MISSING:
-            package = _DEBIAN_PACKAGES.get(name)
+            package = debian_package(name)
             where = f"; on Debian it is in the package {package}" if package else ""
             return f"the program {self.argv[0]} is not installed{where}"
         match self.cause:
@@ -161,6 +161,11 @@ def run(
         raise ProgramFailed(words, Cause.START, stderr=str(e)) from e
     with process:
         return _Run(process, words, timeout_s, cancellation).finish(accept)
+
+
+def debian_package(program: str) -> str | None:
+    """Return the Debian package that has a program, if it is one of those we start."""
+    return _DEBIAN_PACKAGES.get(program)
 
 
 class _Run:
@@ -260,7 +265,7 @@ class _Run:
 
 def _environment(limits: Limits) -> dict[str, str]:
     environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-    environment |= {"PATH": _PATH, "LC_ALL": "C.UTF-8"}
+    environment |= {"PATH": PATH, "LC_ALL": "C.UTF-8"}
     if limits.address_space is not None:
         # glibc reserves 64 MiB of addresses for each thread's arena. With them
         # qemu-img convert failed now and then even at 512 MiB, depending on
@@ -270,7 +275,7 @@ def _environment(limits: Limits) -> dict[str, str]:
 
 
 def _located(argv: tuple[str, ...], program: str) -> str:
-    found = shutil.which(program, path=_PATH)
+    found = shutil.which(program, path=PATH)
     if found is None:
         raise ProgramFailed(argv, Cause.MISSING)
     return found

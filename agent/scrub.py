@@ -121,18 +121,18 @@ class Scrub:
         return sorted(entries, key=lambda entry: entry.manifest.verified_at)
 
     def _give_way(self, cancellation: Cancellation) -> None:
-        if _pressed(self._pressure):
+        pressed = pressure(self._pressure)
+        if pressed is not None and pressed > _PRESSED:
             cancellation.wait(_PAUSE_S)
 
 
-def _pressed(pressure: Path) -> bool:
-    """Whether the host's processes wait for its disks; False if the kernel does not say."""
+def pressure(path: Path = _PRESSURE) -> float | None:
+    """Return in how many percent of ten seconds somebody waited for a disk, if the kernel says."""
     try:
         # some avg10=1.22 avg60=1.18 avg300=1.10 total=64112393
-        first = pressure.read_text(encoding="ascii").split()[1]
-        return float(first.removeprefix("avg10=")) > _PRESSED
+        return float(path.read_text(encoding="ascii").split()[1].removeprefix("avg10="))
     except (OSError, ValueError, IndexError):
-        return False
+        return None
 
 
 def _stand_back() -> None:

@@ -164,6 +164,24 @@ class Check(_View):
     hint: str = ""
 
 
+class Result(enum.StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    """The agent works, and something about it is not as it should be."""
+    ERROR = "error"
+    """The agent does not start, or jobs fail."""
+
+
+class Finding(_View):
+    """What the doctor found out about one thing."""
+
+    name: str
+    result: Result
+    message: str
+    hint: str = ""
+    """What to do about it; empty if it is as it should be."""
+
+
 class AgentStatus(_View):
     version: str
     pid: int

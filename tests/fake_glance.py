@@ -13,6 +13,7 @@ import re
 import socket
 import struct
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -77,6 +78,10 @@ class FakeGlance:
         """Those accepted; None for all and none."""
         self.record_fault: Fault | None = None
         """Answered to every request for a record."""
+        self.list_fault: Fault | None = None
+        """Answered to every request for a list."""
+        self.ahead_s = 0.0
+        """How far its clock is."""
         self.lock = threading.Lock()
         self.stopping = threading.Event()
         self.server = _Server(("127.0.0.1", 0), _Handler)
@@ -151,12 +156,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(401, _PAGE, {"WWW-Authenticate": 'Keystone uri="http://127.0.0.1"'})
         elif self.path == "/v2/schemas/image":
             self._json(_SCHEMA)
+        elif self.path == "/v2/images?limit=1":
+            self._list()
         elif match := re.fullmatch(r"/v2/images/([^/]+)", self.path):
             self._record(match[1])
         elif match := re.fullmatch(r"/v2/images/([^/]+)/file", self.path):
             self._file(match[1])
         else:
             self._answer(404, _PAGE)
+
+    def _list(self) -> None:
+        if fault := self.server.glance.list_fault:
+            self._fault(fault)
+        else:
+            self._json({"images": [kept.record for kept in self.server.glance.images.values()][:1]})
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string((timestamp or time.time()) + self.server.glance.ahead_s)
 
     def _record(self, image_id: str) -> None:
         fault = self.server.glance.record_fault

@@ -21,7 +21,7 @@ MIB = 1 << 20
 NOTHING = Confinement()
 
 pytestmark = pytest.mark.skipif(
-    confinement._landlock_abi() == 0 and not os.environ.get("CI"),
+    confinement.landlock_abi() == 0 and not os.environ.get("CI"),
     reason="the kernel has no Landlock",
 )
 needs_qemu = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img")
@@ -125,7 +125,7 @@ print(ctypes.get_errno())
 
 
 def test_the_agent_cannot_be_signalled() -> None:
-    if confinement._landlock_abi() < 6:
+    if confinement.landlock_abi() < 6:
         pytest.skip("this kernel's Landlock does not know of signals")
     with pytest.raises(ProgramFailed, match=r"(?i)not permitted|EPERM"):
         shell(f"kill -0 {os.getpid()}", NOTHING)

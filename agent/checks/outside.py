@@ -1,0 +1,106 @@
+"""What is not ours: libvirt, the image source, the agent that may be running."""
+
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from agent import image_source
+from agent.checks import error, ok, warning
+from agent.client import AgentUnavailable, Client, Refused
+from agent.directory import DirectorySource
+from agent.errors import BootwrightError
+from agent.hypervisor import Hypervisor
+from agent.settings import ImageSourceName, Settings
+from agent.views import Finding
+
+_SKEW_S: Final = 60.0
+"""Tokens live for an hour or more; beyond this somebody's clock is wrong."""
+
+
+def libvirt(settings: Settings) -> Iterator[Finding]:
+    """libvirt answers, and can run our type of guests."""
+    hypervisor = Hypervisor(settings.libvirt.connection_uri, virt_type=settings.libvirt.virt_type)
+    try:
+        yield ok("libvirt", f"{hypervisor.version()} at {settings.libvirt.connection_uri}")
+    except BootwrightError as e:
+        yield error("libvirt", e.message, e.hint)
+        return
+    virt_type = settings.libvirt.virt_type
+    try:
+        hypervisor.check()
+        yield ok("virt_type", f"libvirt can run guests of virt_type {virt_type}")
+    except BootwrightError as e:
+        yield error(
+            "virt_type",
+            e.message,
+            "see virt-host-validate; without KVM set virt_type = qemu in [libvirt]",
+        )
+    finally:
+        hypervisor.close()
+
+
+def images(settings: Settings) -> Iterator[Finding]:
+    """The image source answers, and accepts our credentials."""
+    match settings.images.source:
+        case ImageSourceName.DIRECTORY:
+            yield from _local_images(settings)
+        case ImageSourceName.GLANCE:
+            yield from _glance(settings)
+
+
+def _local_images(settings: Settings) -> Iterator[Finding]:
+    directory = settings.images.directory
+    if not directory.is_dir():
+        yield warning(
+            "images", f"{directory} is not there", "'bootwright image add' makes it, once started"
+        )
+        return
+    try:
+        found = DirectorySource(directory).list()
+    except (BootwrightError, OSError) as e:
+        yield error("images", f"{directory}: {e}", "chown bootwright: it")
+        return
+    yield ok("images", f"{len(list(found))} in {directory}")
+
+
+def _glance(settings: Settings) -> Iterator[Finding]:
+    source = image_source.glance(settings.images)
+    try:
+        endpoints = source.endpoints()
+    except BootwrightError as e:
+        yield error("glance", e.message, e.hint)
+        return
+    failures = []
+    for endpoint in endpoints:
+        try:
+            asked = time.time()
+            theirs = source.check(endpoint)
+        except BootwrightError as e:
+            failures.append(e)
+            continue
+        yield ok("glance", f"{endpoint} answers and accepts our credentials")
+        skew = 0.0 if theirs is None else theirs - asked
+        if abs(skew) > _SKEW_S:
+            yield warning(
+                "clock",
+                f"{endpoint} is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} this host",
+                "run chrony or systemd-timesyncd on both",
+            )
+    # One that answers is enough; the others are for when it does not.
+    judged = error if len(failures) == len(endpoints) else warning
+    for failure in failures:
+        yield judged("glance", failure.message, failure.hint)
+
+
+def agent(settings: Settings) -> Iterator[Finding]:
+    """The agent, if it runs, and what it says of itself."""
+    try:
+        with Client(settings.api.socket) as client:
+            status = client.status()
+    except (AgentUnavailable, Refused) as e:
+        yield warning("agent", str(e), "systemctl start bootwright")
+        return
+    yield ok("agent", f"version {status.version} runs, pid {status.pid}")
+    for check in status.checks:
+        if not check.ok:
+            yield error(f"agent: {check.name}", check.message, check.hint)
