@@ -226,7 +226,7 @@ class Build:
             instance=self._instance,
             flavor=self._flavor,
             networks=networks,
-            ephemeral_format=self._host.defaults.ephemeral_format,
+            formats=self._host.defaults.formats,
         )
 
     @property

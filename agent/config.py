@@ -22,7 +22,7 @@ from oslo_config import cfg, generator, types
 from agent import config_files, options
 from agent.config_files import Assignment, ConfigError
 from agent.disk import DiskType
-from agent.job import GuestFormat, ImagesType
+from agent.job import ConfigDriveFormat, GuestFormat, ImagesType
 from agent.options import list_opts
 from agent.settings import (
     ApiSettings,
@@ -121,6 +121,9 @@ class Configuration:
             state_path=Path(conf.state_path),
             max_concurrent_builds=conf.max_concurrent_builds,
             default_ephemeral_format=GuestFormat(conf.default_ephemeral_format),
+            preallocate=conf.preallocate_images == "space",
+            config_drive_format=ConfigDriveFormat(conf.config_drive_format),
+            force_config_drive=conf.force_config_drive,
             drain_timeout_s=float(conf.drain_timeout),
             libvirt=LibvirtSettings(
                 connection_uri=conf.libvirt.connection_uri,
@@ -287,8 +290,6 @@ class Configuration:
                 problem = "this release does not verify signatures: only false is possible"
             case ("DEFAULT", "force_raw_images", False):
                 problem = "this release keeps every base as raw: only true is possible"
-            case ("DEFAULT", "preallocate_images", str(how)) if how != "none":
-                problem = "this release preallocates no disk: only none is possible"
             case _:
                 pass
         return problem

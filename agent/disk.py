@@ -63,6 +63,8 @@ class Disk:
     """QEMU's name: raw, qcow2 …"""
     virtual_size: int
     type: DiskType = DiskType.FILE
+    guest_format: str | None = None
+    """The file system it is born with: ext4, iso9660 …; None if it is made of a base."""
     device: str = "disk"
     """libvirt's: disk or cdrom."""
     bus: str | None = None

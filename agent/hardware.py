@@ -152,7 +152,7 @@ def assign_macs(networks: Sequence[Network], instance_uuid: str) -> tuple[Networ
 
 
 def _place(disk: Disk, hardware: Hardware) -> tuple[Bus, str]:
-    if disk.role is Role.CONFIG_DRIVE:
+    if disk.role is Role.CONFIG_DRIVE and disk.device == "cdrom":
         # Without a word from the image the config drive stands on the root
         # disk's bus: that is the one driver the guest is sure to have. Kernels
         # made for clouds leave out AHCI, and would not see a SATA drive.

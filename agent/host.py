@@ -8,7 +8,8 @@ from agent.disk import DiskType
 from agent.hypervisor import Hypervisor
 from agent.image_cache import ImageCache
 from agent.instances import Instances
-from agent.job import GuestFormat, ImagesType
+from agent.job import ImagesType
+from agent.layout import Formats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +18,7 @@ class Defaults:
 
     virt_type: str
     images_type: ImagesType
-    ephemeral_format: GuestFormat
+    formats: Formats
     cache_modes: Mapping[DiskType, str]
     discard: str
 

@@ -56,6 +56,18 @@ class GuestFormat(enum.StrEnum):
     NONE = "none"
 
 
+class ConfigDriveFormat(enum.StrEnum):
+    ISO9660 = "iso9660"
+    VFAT = "vfat"
+
+
+class Datasource(enum.StrEnum):
+    """Those of cloud-init that a config drive can be made for."""
+
+    OPENSTACK = "openstack"
+    NOCLOUD = "nocloud"
+
+
 class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -132,7 +144,10 @@ class Instance(_Schema):
     user_data: Annotated[str, StringConstraints(max_length=65535)] | None = None
     """For cloud-init: the plain text, not base64. Makes a config drive."""
     config_drive: bool = False
-    """Attach a read-only disk with the instance's metadata, labelled `config-2`."""
+    """Attach a read-only disk with the instance's metadata and user data."""
+    datasource: Datasource = Datasource.OPENSTACK
+    """Which of cloud-init's data sources the config drive is for: `openstack`, labelled
+    `config-2`, or `nocloud`, labelled `cidata`."""
 
 
 class Ephemeral(_Schema):

@@ -11,21 +11,33 @@ then on.
 """
 
 import itertools
-import os
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from agent import config_drive, ephemeral
-from agent.backends import Backends, Write
+from agent import ephemeral
+from agent.backends import Backend, Backends
 from agent.base import GIB, Base
 from agent.cancellation import Cancellation
+from agent.config_drive import ConfigDrive
 from agent.disk import Disk, Home
-from agent.job import Flavor, GuestFormat, ImagesType, Instance, Network
+from agent.image import Image
+from agent.job import ConfigDriveFormat, Flavor, GuestFormat, ImagesType, Instance, Network
 from agent.report import Role
 
 MIB = 1 << 20
 SECTOR = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Formats:
+    """What the configuration says of disks that no base is for."""
+
+    ephemeral: GuestFormat
+    """Of ephemeral disks whose job names none."""
+    config_drive: ConfigDriveFormat
+    force_config_drive: bool
+    """Every instance has one."""
 
 
 class Layout:
@@ -39,15 +51,22 @@ class Layout:
         instance: Instance,
         flavor: Flavor,
         networks: Sequence[Network],
-        ephemeral_format: GuestFormat,
+        formats: Formats,
     ) -> None:
-        """`networks` have their MAC addresses; `ephemeral_format` is for disks that name none."""
+        """`networks` have their MAC addresses."""
         self._backends = backends
         self._home = home
         self._instance = instance
         self._flavor = flavor
-        self._networks = networks
-        self._ephemeral_format = ephemeral_format
+        self._formats = formats
+        self._config_drive = ConfigDrive(
+            datasource=instance.datasource,
+            instance_uuid=home.uuid,
+            name=str(instance.name),
+            metadata=instance.metadata,
+            user_data=instance.user_data,
+            networks=networks,
+        )
 
     def plan(self, bases: Mapping[Role, Base], images_type: ImagesType) -> list[Disk]:
         """Return every disk of the instance; what it will be, not yet made.
@@ -56,30 +75,50 @@ class Layout:
             BackendError: a base does not fit its disk.
             InvalidJob: this host keeps no disks of that type.
         """
-        flat = self._backends[ImagesType.RAW]
-        backend = self._backends[images_type]
         disks = [
-            flat.plan(self._home, role, role.value, bases[role], bases[role].virtual_size)
+            self._flat.plan(self._home, role, role.value, bases[role], bases[role].virtual_size)
             for role in (Role.KERNEL, Role.RAMDISK)
             if role in bases
         ]
         root = bases[Role.ROOT]
-        # A raw image may end anywhere; a disk ends with a sector.
-        size = self._flavor.disk * GIB or -(-root.virtual_size // SECTOR) * SECTOR
-        disk = backend.plan(self._home, Role.ROOT, "disk", root, size)
-        disks.append(replace(disk, device="cdrom") if root.image.disk_format == "iso" else disk)
-        disks += [
-            backend.plan(self._home, Role.EPHEMERAL, f"disk.eph{number}", None, wanted.size * GIB)
-            for number, wanted in enumerate(self._flavor.ephemeral)
-        ]
-        if self._flavor.swap:
-            swap = self._flavor.swap * MIB
-            disks.append(backend.plan(self._home, Role.SWAP, "disk.swap", None, swap))
-        if self._instance.config_drive or self._instance.user_data is not None:
-            size = len(self._config_drive())
-            drive = flat.plan(self._home, Role.CONFIG_DRIVE, "disk.config", None, size)
-            disks.append(replace(drive, read_only=True))
+        disks.append(self._root(root, self._backends[images_type]))
+        disks += self._blank(self._backends[images_type])
+        if self._has_config_drive(root.image):
+            disks.append(self._planned_config_drive())
         return disks
+
+    @property
+    def _flat(self) -> Backend:
+        return self._backends[ImagesType.RAW]
+
+    def _root(self, base: Base, backend: Backend) -> Disk:
+        # A raw image may end anywhere; a disk ends with a sector.
+        size = self._flavor.disk * GIB or -(-base.virtual_size // SECTOR) * SECTOR
+        disk = backend.plan(self._home, Role.ROOT, "disk", base, size)
+        return replace(disk, device="cdrom") if base.image.disk_format == "iso" else disk
+
+    def _blank(self, backend: Backend) -> Iterator[Disk]:
+        for number, wanted in enumerate(self._flavor.ephemeral):
+            name = f"disk.eph{number}"
+            disk = backend.plan(self._home, Role.EPHEMERAL, name, None, wanted.size * GIB)
+            yield replace(disk, guest_format=wanted.guest_format or self._formats.ephemeral)
+        if self._flavor.swap:
+            yield backend.plan(self._home, Role.SWAP, "disk.swap", None, self._flavor.swap * MIB)
+
+    def _has_config_drive(self, image: Image) -> bool:
+        return (
+            self._instance.config_drive
+            or self._instance.user_data is not None
+            or self._formats.force_config_drive
+            or image.properties.get("img_config_drive") == "mandatory"
+        )
+
+    def _planned_config_drive(self) -> Disk:
+        format_ = self._formats.config_drive
+        size = self._config_drive.size(format_)
+        disk = self._flat.plan(self._home, Role.CONFIG_DRIVE, "disk.config", None, size)
+        device = "cdrom" if format_ is ConfigDriveFormat.ISO9660 else "disk"
+        return replace(disk, guest_format=format_, device=device, read_only=True)
 
     def prepare(
         self, disks: Sequence[Disk], bases: Mapping[Role, Base], cancellation: Cancellation
@@ -98,38 +137,21 @@ class Layout:
                 case Role.KERNEL | Role.RAMDISK | Role.ROOT:
                     backend.prepare(disk, bases[disk.role], cancellation)
                 case Role.EPHEMERAL:
-                    write = self._file_system(disk, next(numbers), cancellation)
+                    write = ephemeral.file_system(
+                        GuestFormat(disk.guest_format or GuestFormat.NONE),
+                        f"ephemeral{next(numbers)}",
+                        self._identity(disk),
+                        cancellation,
+                    )
                     backend.generate(disk, write, cancellation)
                 case Role.SWAP:
                     write = ephemeral.swap(self._identity(disk), cancellation)
                     backend.generate(disk, write, cancellation)
                 case Role.CONFIG_DRIVE:
-                    backend.generate(disk, self._write_config_drive, cancellation)
-
-    def _file_system(self, disk: Disk, number: int, cancellation: Cancellation) -> Write:
-        return ephemeral.file_system(
-            self._flavor.ephemeral[number].guest_format or self._ephemeral_format,
-            f"ephemeral{number}",
-            self._identity(disk),
-            cancellation,
-        )
+                    format_ = ConfigDriveFormat(disk.guest_format or ConfigDriveFormat.ISO9660)
+                    write = self._config_drive.writing(format_, cancellation)
+                    backend.generate(disk, write, cancellation)
 
     def _identity(self, disk: Disk) -> uuid.UUID:
         """The same for the same disk however often a crash has it made again."""
         return uuid.uuid5(uuid.UUID(self._home.uuid), disk.path.name)
-
-    def _write_config_drive(self, fd: int) -> None:
-        image = memoryview(self._config_drive())
-        while image:
-            image = image[os.write(fd, image) :]
-
-    def _config_drive(self) -> bytes:
-        return config_drive.image(
-            config_drive.content(
-                instance_uuid=self._home.uuid,
-                name=str(self._instance.name),
-                metadata=self._instance.metadata,
-                user_data=self._instance.user_data,
-                networks=self._networks,
-            )
-        )

@@ -25,6 +25,7 @@ from agent.instances import Instances
 from agent.job import ImagesType
 from agent.journal import Journal
 from agent.last_use import LastUse
+from agent.layout import Formats
 from agent.listener import Listener, MetricsListener
 from agent.provision import Provisioner
 from agent.prune import Policy
@@ -179,8 +180,8 @@ class _Parts:
             image_cache=self.image_cache,
             backends=Backends(
                 {
-                    ImagesType.QCOW2: Qcow2(),
-                    ImagesType.RAW: Flat(),
+                    ImagesType.QCOW2: Qcow2(preallocate=settings.preallocate),
+                    ImagesType.RAW: Flat(preallocate=settings.preallocate),
                     ImagesType.PLOOP: Ploop(qemu_img),
                 }
             ),
@@ -190,7 +191,11 @@ class _Parts:
             defaults=Defaults(
                 virt_type=settings.libvirt.virt_type,
                 images_type=settings.libvirt.images_type,
-                ephemeral_format=settings.default_ephemeral_format,
+                formats=Formats(
+                    ephemeral=settings.default_ephemeral_format,
+                    config_drive=settings.config_drive_format,
+                    force_config_drive=settings.force_config_drive,
+                ),
                 cache_modes=settings.libvirt.cache_modes,
                 discard=settings.libvirt.discard or "ignore",
             ),

@@ -12,7 +12,7 @@ from oslo_config import cfg, types
 from oslo_privsep import priv_context
 
 from agent.config_files import ABSOLUTE_PATH, API
-from agent.job import GuestFormat
+from agent.job import ConfigDriveFormat, GuestFormat
 from privsep.options import INSTANCES_PATH, SUBDIRECTORY_NAME
 
 _DEFAULT: Final[list[cfg.Opt]] = [
@@ -50,8 +50,11 @@ _DEFAULT: Final[list[cfg.Opt]] = [
     cfg.StrOpt(
         "preallocate_images",
         default="none",
-        help="Only none is possible in this release: the space of a disk is taken when the guest "
-        "writes to it.",
+        choices=[
+            ("none", "when the guest writes to it"),
+            ("space", "when the disk is made, all of it; for qcow2 and raw disks"),
+        ],
+        help="When the space of a disk is taken from the filesystem.",
     ),
     cfg.StrOpt(
         "default_ephemeral_format",
@@ -63,6 +66,21 @@ _DEFAULT: Final[list[cfg.Opt]] = [
             (GuestFormat.NONE.value, "no file system: an empty disk"),
         ],
         help="File system an ephemeral disk is born with when the job names none.",
+    ),
+    cfg.StrOpt(
+        "config_drive_format",
+        default=ConfigDriveFormat.ISO9660.value,
+        choices=[
+            (ConfigDriveFormat.ISO9660.value, "a CD-ROM, where the bus has such drives"),
+            (ConfigDriveFormat.VFAT.value, "a disk of 64 MiB, with the tools of package mtools"),
+        ],
+        help="File system of config drives.",
+    ),
+    cfg.BoolOpt(
+        "force_config_drive",
+        default=False,
+        help="Give every instance a config drive, also where neither the job nor the image asks "
+        "for one.",
     ),
     cfg.IntOpt(
         "drain_timeout",

@@ -31,10 +31,12 @@ _STDERR_KEPT = 8 << 10  # bytes from the end: that is where programs say why
 _DEBIAN_PACKAGES = {
     "qemu-img": "qemu-utils",
     "prlimit": "util-linux",
+    "fallocate": "util-linux",
     "mkswap": "util-linux",
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
     "mkfs.vfat": "dosfstools",
+    "mcopy": "mtools",
     "ploop": "ploop",
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from keystoneauth1.session import Session
 
 from agent.disk import DiskType
-from agent.job import GuestFormat, ImagesType
+from agent.job import ConfigDriveFormat, GuestFormat, ImagesType
 
 
 class ImageSourceName(enum.StrEnum):
@@ -103,6 +103,9 @@ class Settings:
     state_path: Path
     max_concurrent_builds: int
     default_ephemeral_format: GuestFormat
+    preallocate: bool
+    config_drive_format: ConfigDriveFormat
+    force_config_drive: bool
     drain_timeout_s: float
     libvirt: LibvirtSettings
     images: ImagesSettings

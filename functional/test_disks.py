@@ -5,9 +5,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from functional.conftest import Images
+import pytest
+
+from functional.conftest import Images, MakeAgent
 from functional.harness.agent import Agent
 from functional.harness.console import Seen, wait_ready
+from functional.harness.glance import Glance
 from functional.harness.guest import CONSOLE_PREFIX, Guest
 from functional.harness.libvirtd import PrivateLibvirtd
 
@@ -36,9 +39,11 @@ def ready_again(agent: Agent, *, boots: int) -> Seen:
 
     def console() -> str:
         text = agent.run("instance", "console", "web-1").stdout
-        return text if text.count(f"{CONSOLE_PREFIX}ready") == boots else ""
+        # A boot that has not got to its end is none yet.
+        begun = text.count(f"{CONSOLE_PREFIX}guest")
+        return text if begun == boots else text.replace(f"{CONSOLE_PREFIX}ready", "")
 
-    return wait_ready(console)
+    return wait_ready(console, timeout_s=60)
 
 
 def test_a_guest_reads_and_writes_a_ploop_image(
@@ -51,6 +56,7 @@ def test_a_guest_reads_and_writes_a_ploop_image(
     assert seen.content_sha256 == guest.content_sha256
     assert seen.disks == {"vda": 2 * GIB}
     assert seen.bootcount == 1
+    assert seen.filesystem > 1.8 * GIB
 
     libvirtd.virsh("destroy", "web-1")
     data = Path(root["path"])
@@ -67,3 +73,65 @@ def test_a_guest_reads_and_writes_a_ploop_image(
     assert ready_again(agent, boots=2).bootcount == 2
     agent.json("instance", "delete", "web-1")
     assert not data.parent.exists()
+
+
+@pytest.mark.parametrize("file_system", ["iso9660", "vfat"])
+@pytest.mark.parametrize("datasource", ["openstack", "nocloud"])
+def test_the_guest_reads_its_name_from_its_config_drive(
+    make_agent: MakeAgent, images: Images, file_system: str, datasource: str
+) -> None:
+    agent = make_agent(options={"DEFAULT": {"config_drive_format": file_system}})
+    document = job(images.root)
+    document["instance"] |= {"config_drive": True, "datasource": datasource}
+
+    disks, seen = booted(agent, document)
+
+    drive = Path(disks["config_drive"]["path"])
+    assert seen.config_drive.get("hostname") == "web-1", agent.run("instance", "console", "web-1")
+    assert seen.config_drive["uuid"] == drive.parent.name
+    assert drive.stat().st_mode & 0o777 == 0o600
+
+
+def test_ephemeral_disks_have_the_file_system_each_asked_for(
+    agent: Agent, images: Images, tmp_path: Path
+) -> None:
+    wanted = ["ext4", "xfs", "vfat", "none"]
+    document = job(images.root, action="prepare")
+    document["flavor"]["ephemeral"] = [{"size": 1, "guest_format": each} for each in wanted]
+    document["flavor"]["swap"] = 64
+
+    result = agent.boot(document)
+
+    found = [blkid(disk["path"]) for disk in result["disks"] if disk["role"] == "ephemeral"]
+    assert [each.get("TYPE", "none") for each in found] == wanted
+    assert [each.get("LABEL") for each in found[:3]] == ["ephemeral0", "ephemeral1", "ephemeral2"]
+    assert len({each.get("UUID") for each in found}) == 4
+    [swap] = [disk for disk in result["disks"] if disk["role"] == "swap"]
+    assert blkid(swap["path"])["TYPE"] == "swap"
+
+
+def test_a_missing_base_is_fetched_again_under_the_overlay_that_stands_on_it(
+    agent: Agent, images: Images, guest: Guest, glance: Glance, libvirtd: PrivateLibvirtd
+) -> None:
+    disks, _ = booted(agent, job(images.root))
+    libvirtd.virsh("destroy", "web-1")
+    overlay = Path(disks["root"]["path"])
+    before = overlay.read_bytes()
+    base = agent.base(images.root)
+    base.unlink()
+    downloads = glance.downloads(images.root)
+
+    agent.json("image", "fetch", images.root)
+
+    assert glance.downloads(images.root) == downloads + 1
+    assert overlay.read_bytes() == before
+    libvirtd.virsh("start", "web-1")
+    seen = ready_again(agent, boots=2)
+    assert (seen.content_sha256, seen.bootcount) == (guest.content_sha256, 2)
+
+
+def blkid(path: str) -> dict[str, str]:
+    done = subprocess.run(
+        ["blkid", "-p", "-o", "export", path], capture_output=True, text=True, check=False
+    )
+    return dict(line.split("=", 1) for line in done.stdout.splitlines())

@@ -14,7 +14,7 @@ from agent.backends.ploop import Ploop
 from agent.backends.qcow2 import Qcow2
 from agent.cancellation import Cancellation
 from agent.disk import Disk, Home
-from agent.errors import BackendError
+from agent.errors import BackendError, InsufficientFreeSpace
 from agent.qemu_img import QemuImg
 from agent.report import Role
 from tests.backend_contract import *  # noqa: F403 - the contract suite
@@ -225,3 +225,23 @@ def test_ploop_disk_has_whole_mib(ploop: FileSite) -> None:
     disk = prepared(ploop, base(ploop), 8 * MIB + 512)
     assert disk.virtual_size == 9 * MIB
     assert info(disk)["virtual-size"] == 9 * MIB
+
+
+@pytest.mark.parametrize("kind", [Flat, Qcow2])
+def test_preallocated_disk_has_all_its_space_and_reads_the_same(
+    kind: type[Flat] | type[Qcow2], flat: FileSite
+) -> None:
+    site = dataclasses.replace(flat, backend=kind(preallocate=True))
+    content = base(site)
+    disk = prepared(site, content)
+    assert disk.path.stat().st_blocks * 512 >= 8 * MIB
+    assert site.read(disk) == content.path.read_bytes() + bytes(5 * MIB)
+    blank = generated(site, b"y" * 512)
+    assert blank.path.stat().st_blocks * 512 >= 8 * MIB
+    assert site.read(blank)[MIB : MIB + 512] == b"y" * 512
+
+
+def test_disk_whose_space_is_not_there_is_not_preallocated(flat: FileSite) -> None:
+    site = dataclasses.replace(flat, backend=Flat(preallocate=True))
+    with pytest.raises(InsufficientFreeSpace, match="preallocating"):
+        generated(site, b"y", 1 << 43)

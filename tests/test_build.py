@@ -21,8 +21,9 @@ from agent.host import Defaults, Host
 from agent.hypervisor import Hypervisor
 from agent.image import Image
 from agent.instances import Instances
-from agent.job import GuestFormat, ImagesType, parse
+from agent.job import ConfigDriveFormat, GuestFormat, ImagesType, parse
 from agent.journal import Journal, digest_of
+from agent.layout import Formats
 from agent.recorder import Recorder
 from agent.removal import remove_instance
 from agent.report import JobReport, Status
@@ -49,7 +50,11 @@ class Site:
             defaults=Defaults(
                 virt_type="test",
                 images_type=ImagesType.QCOW2,
-                ephemeral_format=GuestFormat.EXT4,
+                formats=Formats(
+                    ephemeral=GuestFormat.EXT4,
+                    config_drive=ConfigDriveFormat.ISO9660,
+                    force_config_drive=False,
+                ),
                 cache_modes=dict.fromkeys(DiskType, "none"),
                 discard="ignore",
             ),

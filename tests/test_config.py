@@ -159,7 +159,7 @@ def test_known_names_are_not_warned_of(write: Write) -> None:
         ("[privsep_base_owner]\ngroup = kvm\n", ["group = kvm", "set helper_command as well"]),
         ("[glance]\nverify_glance_signatures = true\n", ["does not verify signatures"]),
         ("[DEFAULT]\nforce_raw_images = false\n", ["force_raw_images = false", "only true"]),
-        ("[DEFAULT]\npreallocate_images = space\n", ["preallocates no disk", "only none"]),
+        ("[DEFAULT]\npreallocate_images = all\n", ["preallocate_images", "none, space"]),
     ],
 )
 def test_absurd_value_names_file_section_key_value_and_what_is_allowed(

@@ -5,24 +5,39 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-from agent.config_drive import content, image
-from agent.job import Network
+from agent.cancellation import Cancellation
+from agent.config_drive import ConfigDrive
+from agent.job import ConfigDriveFormat, Datasource, Network
 
 UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
 NETWORKS = (Network(network="default", mac="52:54:00:12:34:56"),)
+ISO, VFAT = ConfigDriveFormat.ISO9660, ConfigDriveFormat.VFAT
 
 
-def drive_content(
-    user_data: str | None = "#!/bin/sh\necho ü\n", networks: tuple[Network, ...] = NETWORKS
-) -> dict[str, bytes]:
-    return content(
+def drive(
+    user_data: str | None = "#!/bin/sh\necho ü\n",
+    networks: tuple[Network, ...] = NETWORKS,
+    datasource: Datasource = Datasource.OPENSTACK,
+) -> ConfigDrive:
+    return ConfigDrive(
+        datasource=datasource,
         instance_uuid=UUID,
         name="web-1",
         metadata={"role": "blue ☃"},
         user_data=user_data,
         networks=networks,
     )
+
+
+def written(config_drive: ConfigDrive, directory: Path, format_: ConfigDriveFormat = ISO) -> Path:
+    path = directory / "disk.config"
+    with path.open("wb") as file:
+        file.truncate(config_drive.size(format_))
+        config_drive.writing(format_, Cancellation())(file.fileno())
+    assert path.stat().st_size == config_drive.size(format_)
+    return path
 
 
 def extracted(path: Path, into: Path, *options: str) -> dict[str, bytes]:
@@ -33,12 +48,36 @@ def extracted(path: Path, into: Path, *options: str) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("names", ["rockridge", "joliet"])
-def test_guest_finds_the_documents(names: str, tmp_path: Path) -> None:
-    path = tmp_path / "disk.config"
-    path.write_bytes(image(drive_content()))
-    options = ("-read_fs", "norock") if names == "joliet" else ()
-    found = extracted(path, tmp_path / "read", *options)
+def copied_from_fat(path: Path, into: Path) -> dict[str, bytes]:
+    into.mkdir()
+    subprocess.run(["mcopy", "-s", "-n", "-i", path, "::/*", into], check=True)
+    return {
+        str(file.relative_to(into)): file.read_bytes() for file in into.rglob("*") if file.is_file()
+    }
+
+
+def read(path: Path, into: Path, way: str) -> dict[str, bytes]:
+    match way:
+        case "rockridge":
+            return extracted(path, into)
+        case "joliet":
+            return extracted(path, into, "-read_fs", "norock")
+        case _:
+            return copied_from_fat(path, into)
+
+
+def probed(path: Path) -> str:
+    return subprocess.run(
+        ["blkid", "-p", "-o", "export", path], capture_output=True, text=True, check=True
+    ).stdout
+
+
+WAYS = [("rockridge", ISO), ("joliet", ISO), ("fat", VFAT)]
+
+
+@pytest.mark.parametrize(("way", "format_"), WAYS)
+def test_guest_finds_the_documents(way: str, format_: ConfigDriveFormat, tmp_path: Path) -> None:
+    found = read(written(drive(), tmp_path, format_), tmp_path / "read", way)
     latest = "openstack/latest"
     assert json.loads(found[f"{latest}/meta_data.json"]) == {
         "uuid": UUID,
@@ -55,32 +94,52 @@ def test_guest_finds_the_documents(names: str, tmp_path: Path) -> None:
     assert len(found) == 4
 
 
-def test_guest_finds_the_drive_by_its_label(tmp_path: Path) -> None:
-    path = tmp_path / "disk.config"
-    path.write_bytes(image(drive_content()))
-    output = subprocess.run(
-        ["blkid", "-p", "-o", "export", path], capture_output=True, text=True, check=True
-    ).stdout
+@pytest.mark.parametrize(("way", "format_"), WAYS)
+def test_guest_finds_a_nocloud_seed(way: str, format_: ConfigDriveFormat, tmp_path: Path) -> None:
+    path = written(drive(datasource=Datasource.NOCLOUD), tmp_path, format_)
+    assert "LABEL=cidata\n" in probed(path)
+    found = read(path, tmp_path / "read", way)
+    assert yaml.safe_load(found["meta-data"]) == {
+        "instance-id": UUID,
+        "local-hostname": "web-1",
+        "meta": {"role": "blue ☃"},
+    }
+    assert found["user-data"].decode() == "#!/bin/sh\necho ü\n"
+    assert yaml.safe_load(found["network-config"])["ethernets"]["nic0"] == {
+        "match": {"macaddress": "52:54:00:12:34:56"},
+        "dhcp4": True,
+    }
+    assert len(found) == 3
+
+
+def test_nocloud_seed_has_user_data_even_if_nobody_gave_any() -> None:
+    seed = drive(user_data=None, networks=(), datasource=Datasource.NOCLOUD)
+    assert seed.files["user-data"] == b""
+    assert sorted(seed.files) == ["meta-data", "user-data"]
+
+
+@pytest.mark.parametrize(("format_", "type_"), [(ISO, "iso9660"), (VFAT, "vfat")])
+def test_guest_finds_the_drive_by_its_label(
+    format_: ConfigDriveFormat, type_: str, tmp_path: Path
+) -> None:
+    output = probed(written(drive(), tmp_path, format_))
     assert "LABEL=config-2\n" in output
-    assert "TYPE=iso9660\n" in output
+    assert f"TYPE={type_}\n" in output
 
 
 def test_what_is_not_given_is_not_there() -> None:
-    assert sorted(drive_content(user_data=None, networks=())) == [
-        "meta_data.json",
-        "vendor_data.json",
+    assert sorted(drive(user_data=None, networks=()).files) == [
+        "openstack/latest/meta_data.json",
+        "openstack/latest/vendor_data.json",
     ]
 
 
-def test_content_is_the_same_each_time() -> None:
-    assert drive_content() == drive_content()
+def test_content_and_size_are_the_same_each_time() -> None:
+    assert drive().files == drive().files
+    assert len({drive().size(ISO) for _ in range(3)}) == 1
 
 
-def test_size_is_known_before_it_is_made() -> None:
-    assert len({len(image(drive_content())) for _ in range(3)}) == 1
-
-
-def test_largest_user_data_fits(tmp_path: Path) -> None:
-    path = tmp_path / "disk.config"
-    path.write_bytes(image(drive_content(user_data="x" * 65535)))
-    assert len(extracted(path, tmp_path / "read")["openstack/latest/user_data"]) == 65535
+@pytest.mark.parametrize(("way", "format_"), WAYS)
+def test_largest_user_data_fits(way: str, format_: ConfigDriveFormat, tmp_path: Path) -> None:
+    path = written(drive(user_data="x" * 65535), tmp_path, format_)
+    assert len(read(path, tmp_path / "read", way)["openstack/latest/user_data"]) == 65535

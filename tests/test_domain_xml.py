@@ -58,6 +58,7 @@ SWAP = Disk(
 CONFIG_DRIVE = Disk(
     role=Role.CONFIG_DRIVE,
     backend=ImagesType.RAW,
+    device="cdrom",
     path=DIRECTORY / "disk.config",
     format="raw",
     virtual_size=1 << 20,

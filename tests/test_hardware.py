@@ -84,10 +84,15 @@ def test_kernel_and_ramdisk_are_no_devices() -> None:
 
 
 def test_config_drive_is_on_the_bus_of_the_root_disk() -> None:
-    disks = disk(Role.ROOT), disk(Role.CONFIG_DRIVE)
+    disks = disk(Role.ROOT), disk(Role.CONFIG_DRIVE, device="cdrom")
     assert names(*disks)[1] == ("virtio", "vdb", "disk")
     assert names(*disks, hw_disk_bus="scsi")[1] == ("scsi", "sdb", "cdrom")
     assert names(*disks, hw_cdrom_bus="sata")[1] == ("sata", "sda", "cdrom")
+
+
+def test_config_drive_that_is_no_cdrom_is_a_disk_like_the_others() -> None:
+    disks = disk(Role.ROOT), disk(Role.CONFIG_DRIVE)
+    assert names(*disks, hw_disk_bus="scsi", hw_cdrom_bus="sata")[1] == ("scsi", "sdb", "disk")
 
 
 def test_image_of_a_cdrom_is_a_read_only_cdrom() -> None:

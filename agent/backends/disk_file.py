@@ -3,16 +3,23 @@
 Where the file stands, whether it is there already, and how it goes away.
 """
 
+import logging
 import os
 import re
 import stat
 from pathlib import Path
 from typing import Final
 
+from agent import process
 from agent.base import Base
 from agent.disk import Disk, Home
 from agent.errors import BackendError
-from agent.files import fsync_directory
+from agent.files import free_bytes, fsync_directory, no_space
+
+LOG = logging.getLogger(__name__)
+
+# ext4 and xfs only note that the blocks are taken: 10 ms for 100 GiB.
+_FALLOCATE_LIMIT_S: Final = 300.0
 
 # Not hidden either: such names belong to files that are being written.
 _NAME: Final = re.compile(r"[a-z][a-z0-9.]*")
@@ -73,6 +80,35 @@ def exists(disk: Disk) -> bool:
             "look what put it there and remove it by hand",
         )
     return True
+
+
+def preallocate(disk: Disk) -> None:
+    """Take the space that the disk may come to need, without a change to what it reads as.
+
+    Where the file system cannot, that is a warning: the disk is as good without.
+
+    Raises:
+        InsufficientFreeSpace: there is not so much; the disk is left as it was.
+        BackendError
+    """
+    what = "preallocating"
+    missing = disk.virtual_size - disk.path.lstat().st_blocks * 512
+    # Asked for too much, the kernel takes all there is before it says so.
+    if missing > (free := free_bytes(disk.path.parent)):
+        raise no_space(disk.path, missing, free, what)
+    try:
+        # posix_fallocate(3) would write zeros where the file system cannot.
+        process.run(
+            ["fallocate", "--keep-size", "--length", str(disk.virtual_size), disk.path],
+            timeout_s=_FALLOCATE_LIMIT_S,
+        )
+    except process.ProgramFailed as e:
+        if "not supported" in e.stderr:
+            LOG.warning("%s is not preallocated: its file system cannot", disk.path)
+            return
+        if "No space left" in e.stderr or "quota" in e.stderr:
+            raise no_space(disk.path, missing, free, what) from e
+        raise BackendError(f"{what} {disk.path}: {e}") from e
 
 
 def remove(disk: Disk, home: Home) -> None:

@@ -27,6 +27,10 @@ _MODES: Final = {Role.CONFIG_DRIVE: 0o600}
 class Flat:
     """See `Backend`."""
 
+    def __init__(self, *, preallocate: bool = False) -> None:
+        """`preallocate`: take the space of a whole disk when it is made."""
+        self._preallocate = preallocate
+
     def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:
         if base is not None:
             disk_file.check_holds(virtual_size, base)
@@ -48,6 +52,8 @@ class Flat:
             # Also for one that exists: a crash may have come between the two.
             if disk.path.lstat().st_size < disk.virtual_size:
                 _lengthen(disk.path, disk.virtual_size)
+            if self._preallocate:
+                disk_file.preallocate(disk)
         except OSError as e:
             raise BackendError(f"copying base {base.name} to {disk.path}: {e.strerror}") from e
 
@@ -64,6 +70,8 @@ class Flat:
             ) as fd:
                 os.ftruncate(fd, disk.virtual_size)
                 write(fd)
+            if self._preallocate:
+                disk_file.preallocate(disk)
         except OSError as e:
             raise BackendError(f"creating {disk.path}: {e.strerror}") from e
 

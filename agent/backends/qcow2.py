@@ -22,8 +22,10 @@ class Qcow2:
     A disk that stands on no base is a flat one: as qcow2 it would share nothing.
     """
 
-    def __init__(self) -> None:
-        self._flat = Flat()
+    def __init__(self, *, preallocate: bool = False) -> None:
+        """`preallocate`: take the space of a whole disk when it is made."""
+        self._preallocate = preallocate
+        self._flat = Flat(preallocate=preallocate)
 
     def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:
         if base is None:
@@ -52,6 +54,8 @@ class Qcow2:
             )
         except (ValueError, OSError) as e:
             raise BackendError(f"creating the overlay {disk.path}: {e}") from e
+        if self._preallocate:
+            disk_file.preallocate(disk)
 
     def generate(self, disk: Disk, write: Write, cancellation: Cancellation) -> None:
         self._flat.generate(disk, write, cancellation)

@@ -25,6 +25,8 @@ class Seen:
     """Device name to size."""
     serials: dict[str, str] = field(default_factory=dict)
     bootcount: int = 0
+    filesystem: int = 0
+    """Of the root, after the guest has grown it to its device."""
     config_drive: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,6 +55,8 @@ def parse(text: str) -> Seen | None:
                 name = tail.split()[0]
                 disks[name] = int(values["bytes"])
                 serials[name] = values["serial"]
+            case "filesystem":
+                facts["filesystem"] = values["bytes"]
             case "config-drive":
                 config_drive = values
             case "ready":
@@ -68,6 +72,7 @@ def parse(text: str) -> Seen | None:
         disks=disks,
         serials=serials,
         bootcount=int(facts["bootcount"]),
+        filesystem=int(facts["filesystem"]),
         config_drive=config_drive,
     )
 

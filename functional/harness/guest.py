@@ -54,6 +54,7 @@ _MODULES: Final = (
 
 _BUSYBOX: Final = Path("/bin/busybox")
 _RAMDISK_INIT: Final = Path(__file__).with_name("guest_ramdisk_init.sh")
+_RESIZE2FS: Final = Path("/sbin/resize2fs")
 _ROOT_INIT: Final = Path(__file__).with_name("guest_init.sh")
 _SYSLINUX_MBR: Final = Path("/usr/lib/syslinux/mbr/mbr.bin")
 
@@ -187,7 +188,7 @@ def _newest_kernel_version() -> str:
 
 def _recipe_hash(kernel_version: str) -> str:
     recipe = hashlib.sha256(kernel_version.encode())
-    for source in (Path(__file__), _RAMDISK_INIT, _ROOT_INIT, _BUSYBOX):
+    for source in (Path(__file__), _RAMDISK_INIT, _ROOT_INIT, _BUSYBOX, _RESIZE2FS):
         recipe.update(source.read_bytes())
     return recipe.hexdigest()[:16]
 
@@ -273,6 +274,7 @@ def _make_root_tree(tree: Path, seed: str) -> None:
         (tree / name).mkdir()
     _install(_BUSYBOX, tree / "bin" / "busybox")
     _install(_ROOT_INIT, tree / "sbin" / "init")
+    _install_with_libraries(_RESIZE2FS, tree)
     (tree / "etc" / "seed").write_text(f"{seed}\n")
     payload = hashlib.shake_256(b"payload " + seed.encode()).digest(_PAYLOAD_BYTES)
     (tree / "payload" / "blob").write_bytes(payload)
@@ -330,6 +332,15 @@ def _make_disk(home: Path) -> None:
 def _install(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
     target.chmod(0o755)
+
+
+def _install_with_libraries(program: Path, tree: Path) -> None:
+    """A program into `sbin`, and what the dynamic loader will look for to where it does."""
+    _install(program, tree / "sbin" / program.name)
+    for library in re.findall(r"(/\S+) \(0x", _run("ldd", program)):
+        target = tree / library.lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _install(Path(library), target)
 
 
 def _file_sha256(path: Path) -> str:

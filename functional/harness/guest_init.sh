@@ -34,11 +34,23 @@ echo $count > /var/bootcount
 sync
 say "bootcount=$count"
 
+# As cloud-init does it: a file system that is its whole device grows with the flavor.
+resize2fs "$device" > /dev/null 2>&1 || say "error growing $device"
+sync # there is no journal, and the power may go any moment
+say "filesystem bytes=$(($(stat -f -c '%b * %S' /)))"
+
 if drive=$(findfs LABEL=config-2 2> /dev/null); then
     mount -o ro "$drive" /mnt
     metadata=/mnt/openstack/latest/meta_data.json
     field() { sed -n "s/.*\"$1\": *\"\([^\"]*\)\".*/\1/p" $metadata; }
     say "config-drive hostname=$(field hostname) uuid=$(field uuid)"
+    umount /mnt
+fi
+if drive=$(findfs LABEL=cidata 2> /dev/null); then
+    mount -o ro "$drive" /mnt
+    field() { sed -n "s/^$1: *//p" /mnt/meta-data; }
+    say "config-drive hostname=$(field local-hostname) uuid=$(field instance-id)"
+    umount /mnt
 fi
 
 read -r uptime _ < /proc/uptime
