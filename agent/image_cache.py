@@ -287,6 +287,7 @@ class ImageCache:
             if data is None:
                 return None
             manifest = twin.manifest(other, image, manifests.identity(data))
+            reservation.end()
             self._store.commit(name, data, manifest, partial)
         finally:
             self._usage.unpin(pin)
@@ -313,6 +314,7 @@ class ImageCache:
             reserve=reservation.need,
             on_advance=flight.advance,
         ).run()
+        reservation.end()
         metrics.FETCH_BYTES.inc(ingested.received)
         ingested.path.chmod(0o640)
         now = time.time()

@@ -103,6 +103,14 @@ class Reservation:
         """
         self._space.reserve(self, count)
 
+    def end(self) -> None:
+        """Need no more: all of it is written, and may leave the directory.
+
+        What has left it would look as if it were still to be written, and be
+        counted a second time.
+        """
+        self._promised = 0
+
     def begin(self, count: int) -> None:
         self._allocated_before = self._allocated()
         self._promised = count

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,6 +111,7 @@ class CacheKit:
     reserved_free_space: int = 0
     bases: Path | None = None
     """Where `_base` is, if hosts share it."""
+    make_store: Callable[[Path], Store] = Store
     instances: Instances = field(init=False)
     store: Store = field(init=False)
     usage: Usage = field(init=False)
@@ -122,7 +123,7 @@ class CacheKit:
     def __post_init__(self) -> None:
         self.directory.mkdir(exist_ok=True)
         self.instances = Instances(self.directory)
-        self.store = Store(self.bases or self.directory / "_base")
+        self.store = self.make_store(self.bases or self.directory / "_base")
         self.usage = Usage(self.store, self.instances, host_id=self.host_id)
         self.pruner = Pruner(self.store, self.usage, self.policy)
         self.verifier = Verifier(self.store, self.usage)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from agent import manifest as manifests
 from agent import prune
 from agent.errors import BackendError, InsufficientFreeSpace, NotFound
+from agent.partial import Partial
 from agent.pins import OperatorPin
 from agent.prune import BaseState, CacheState, Policy
+from agent.store import Store
 from agent.usage import Users
 from agent.views import Decision, Reason
 from tests.cache_kit import MIB, NEVER, CacheKit, Source, make_old, random_bytes
@@ -352,3 +355,40 @@ def test_fetches_at_the_same_time_are_not_promised_the_same_bytes(
         assert one.left() <= MIB
     with space.reservation("two", tmp_path / "two") as two:
         two.need(3 * MIB)
+
+
+class SlowToCommit(Store):
+    """Takes the last step of the first commit when it is told to."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.reached = threading.Event()
+        self.go_on = threading.Event()
+
+    def complete(self, name: str, partial: Partial) -> bool:
+        if self.path_of(name).exists() and not self.reached.is_set():
+            self.reached.set()
+            self.go_on.wait(20)
+        return super().complete(name, partial)
+
+
+def test_what_is_being_committed_does_not_count_twice(tmp_path: Path, source: Source) -> None:
+    kit = CacheKit(
+        directory=tmp_path / "i",
+        source=source,
+        policy=dataclasses.replace(NEVER, max_size=6 * MIB),
+        make_store=SlowToCommit,
+    )
+    store = kit.store
+    assert isinstance(store, SlowToCommit)
+    one = source.add(random_bytes(3), image_id="one")
+    committing = threading.Thread(target=kit.fetch, args=(one,))
+    committing.start()
+    assert store.reached.wait(20)
+    try:
+        # 3 MiB are written and have left the partial; 2 more fit into 6.
+        kit.acquire(source.add(random_bytes(2), image_id="two"), pin="other")
+    finally:
+        store.go_on.set()
+        committing.join()
+    assert {entry.manifest.image.id for entry in kit.store.entries()} == {"one", "two"}

@@ -72,6 +72,7 @@ class Agent:
         self.socket = root / "bootwright.sock"
         self.log_path = root / "agent.log"
         self._config = root / "bootwright.conf"
+        self._options: Options = {}
         self._process: subprocess.Popen[bytes] | None = None
         account = make_user()
         for directory in (root, self.instances):
@@ -82,6 +83,7 @@ class Agent:
 
     def configure(self, options: Options) -> None:
         """Write the configuration; it counts from the next start."""
+        self._options = options
         merged: dict[str, dict[str, object]] = {
             "DEFAULT": {"instances_path": self.instances, "state_path": self.root},
             "api": {"socket": self.socket},
@@ -92,6 +94,13 @@ class Agent:
         for section, values in merged.items():
             lines += [f"[{section}]", *(f"{key} = {value}" for key, value in values.items())]
         self._config.write_text("\n".join(lines) + "\n")
+
+    def configure_more(self, options: Options) -> None:
+        """Write the configuration it has, with some options changed."""
+        merged = {section: dict(values) for section, values in self._options.items()}
+        for section, values in options.items():
+            merged.setdefault(section, {}).update(values)
+        self.configure(merged)
 
     @property
     def pid(self) -> int:
