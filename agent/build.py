@@ -18,14 +18,15 @@ import time
 from collections.abc import Mapping, Sequence
 
 from agent import domain_xml
+from agent.acquisition import Acquisition
 from agent.base import GIB, Base, check_fits
 from agent.cancellation import Cancellation
-from agent.disk import Disk, DiskType, Home, RbdAccess
+from agent.disk import Home
 from agent.domain_xml import DomainSpec
 from agent.errors import AgentStopping, BootwrightError, FlavorDiskSmallerThanMinDisk, InvalidJob
 from agent.hardware import Hardware, assign_devices, assign_macs
 from agent.host import Host
-from agent.image import Image, require_active
+from agent.image import Image
 from agent.instances import InstanceRecord
 from agent.job import (
     Action,
@@ -41,12 +42,9 @@ from agent.layout import Layout
 from agent.recorder import Recorder
 from agent.removal import remove_disks, remove_instance
 from agent.report import (
-    ChainLink,
-    DiskReport,
     DomainReport,
     ImageReport,
     InstanceReport,
-    Progress,
     Role,
     Status,
     TaskState,
@@ -70,6 +68,7 @@ class Build:
         self._image: ImageRef = request.image
         self._recorder = recorder
         self._cancellation = cancellation
+        self._acquisition = Acquisition(host, recorder, cancellation)
         self._job_id = recorder.report.id
         self._uuid = str(self._instance.uuid)
         self._name = str(self._instance.name)
@@ -100,7 +99,7 @@ class Build:
                     self._undo()
                 raise
         finally:
-            self._host.image_cache.unpin(self._job_id)
+            self._acquisition.release()
             instances.release(self._job_id)
 
     def _run(self) -> None:
@@ -110,8 +109,9 @@ class Build:
         self._host.backends.require(self._images_type)
         if self._defines and not self._known():
             self._host.hypervisor.require_free(uuid=self._uuid, name=self._name)
-        images = self._resolve()
-        bases = {role: self._acquire(role, image) for role, image in images.items()}
+        images = self._acquisition.resolve(self._image)
+        self._check_flavor(images[Role.ROOT])
+        bases = self._acquisition.acquire(images, max_virtual_size=self._root_limit)
         root = bases[Role.ROOT]
         self._recorder.note(
             image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin)
@@ -120,7 +120,7 @@ class Build:
         hardware = Hardware.wanted_by(root.image.properties)
         networks = assign_macs(self._networks(), self._uuid)
         record = self._record(bases, hardware, networks)
-        self._recorder.note(disks=tuple(map(disk_report, record.disks)))
+        self._recorder.note(disks=tuple(disk.report() for disk in record.disks))
         self._layout(networks).prepare(record.disks, bases, self._cancellation)
         xml = self._domain_xml(record, root, hardware, networks)
         self._spawn(xml)
@@ -128,29 +128,6 @@ class Build:
     @property
     def _defines(self) -> bool:
         return self._request.action is Action.BOOT and self._request.libvirt.define
-
-    # Images
-
-    def _resolve(self) -> dict[Role, Image]:
-        """Return the images of kernel, ramdisk and root, in the order they are fetched."""
-        cache = self._host.image_cache
-        root = cache.resolve(self._image.id, self._cancellation)
-        require_active(root)
-        self._check_flavor(root)
-        images = {}
-        for role, image_id in (
-            (Role.KERNEL, self._image.kernel_id or root.kernel_id),
-            (Role.RAMDISK, self._image.ramdisk_id or root.ramdisk_id),
-        ):
-            if image_id is not None:
-                images[role] = cache.resolve(image_id, self._cancellation)
-                require_active(images[role])
-        if Role.RAMDISK in images and Role.KERNEL not in images:
-            raise InvalidJob(
-                f"image {root.id} comes with a ramdisk but without a kernel",
-                "give image.kernel_id, or set the property kernel_id of the image",
-            )
-        return {**images, Role.ROOT: root}
 
     def _check_flavor(self, image: Image) -> None:
         flavor = self._flavor
@@ -173,21 +150,6 @@ class Build:
     def _root_limit(self) -> int | None:
         return self._flavor.disk * GIB or None
 
-    def _acquire(self, role: Role, image: Image) -> Base:
-        def show(progress: Progress) -> None:
-            self._recorder.progress(progress.model_copy(update={"role": role}))
-
-        base = self._host.image_cache.acquire(
-            image,
-            pin=self._job_id,
-            max_virtual_size=self._root_limit if role is Role.ROOT else None,
-            cancellation=self._cancellation,
-            on_progress=show,
-        )
-        self._recorder.count(received=base.received, resumed=base.resumed)
-        self._host.touch(base.name)
-        return base
-
     # Disks
 
     def _record(
@@ -209,6 +171,7 @@ class Build:
             created_at=time.time(),
             image_id=root.image.id,
             image_digest=root.digest,
+            image_properties=dict(root.image.properties),
             images_type=self._images_type,
             metadata=self._instance.metadata,
             disks=assign_devices(self._layout(networks).plan(bases, self._images_type), hardware),
@@ -243,17 +206,6 @@ class Build:
             return (Network(network="default"),)
         return ()
 
-    def _rbd_access(self, record: InstanceRecord) -> RbdAccess | None:
-        """What the domain needs to reach its network disks; they are all in one cluster."""
-        return next(
-            (
-                self._host.backends[disk.backend].access()
-                for disk in record.disks
-                if disk.type is DiskType.NETWORK
-            ),
-            None,
-        )
-
     def _domain_xml(
         self, record: InstanceRecord, root: Base, hardware: Hardware, networks: Sequence[Network]
     ) -> str:
@@ -275,7 +227,7 @@ class Build:
             networks=tuple(networks),
             console_log=self._host.instances.console_of(self._uuid),
             hardware=hardware,
-            rbd=self._rbd_access(record),
+            rbd=self._host.backends.access(record.disks),
             cache_modes=self._host.defaults.cache_modes,
             discard=self._host.defaults.discard,
         )
@@ -327,17 +279,3 @@ class Build:
                 e,
                 self._uuid,
             )
-
-
-def disk_report(disk: Disk) -> DiskReport:
-    """Return a disk in the words of the contract."""
-    return DiskReport(
-        role=disk.role,
-        device_name=disk.device_name,
-        path=str(disk.path),
-        format=disk.format,
-        virtual_size=disk.virtual_size,
-        backing_chain=tuple(
-            ChainLink(path=str(link.path), format=link.format) for link in disk.backing_chain
-        ),
-    )

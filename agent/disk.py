@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.job import ImagesType
-from agent.report import Role
+from agent.report import ChainLink, DiskReport, Role
 
 
 class DiskType(enum.StrEnum):
@@ -77,3 +77,16 @@ class Disk:
     base_name: str | None = None
     """The base in the image cache it stands on or was copied from."""
     backing_chain: tuple[Link, ...] = ()
+
+    def report(self) -> DiskReport:
+        """Return it in the words of the contract."""
+        return DiskReport(
+            role=self.role,
+            device_name=self.device_name,
+            path=str(self.path),
+            format=self.format,
+            virtual_size=self.virtual_size,
+            backing_chain=tuple(
+                ChainLink(path=str(link.path), format=link.format) for link in self.backing_chain
+            ),
+        )

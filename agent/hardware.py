@@ -10,7 +10,7 @@ import enum
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self, TypeVar
 
@@ -116,7 +116,7 @@ def assign_devices(disks: Sequence[Disk], hardware: Hardware) -> tuple[Disk, ...
     assigned = []
     on_ide = 0
     for disk in disks:
-        if disk.role in (Role.KERNEL, Role.RAMDISK):
+        if not disk.role.is_device:
             assigned.append(disk)
             continue
         bus, device = _place(disk, hardware)
@@ -134,6 +134,28 @@ def assign_devices(disks: Sequence[Disk], hardware: Hardware) -> tuple[Disk, ...
     if on_ide > _IDE_DISKS:
         raise _refused("hw_disk_bus", "ide", f"it has {_IDE_DISKS} places for {on_ide} disks")
     return tuple(assigned)
+
+
+def rescue_bus(properties: Mapping[str, str], usual: str) -> tuple[str, str]:
+    """Return bus and device of a rescue disk, as the properties of its image ask for.
+
+    `usual`: the bus without a word from the image, such as that of the root disk.
+
+    Raises:
+        ImageUnacceptable: they ask for what cannot be provided.
+    """
+    bus = _choice(properties, "hw_rescue_bus", Bus) or Bus(usual)
+    device = properties.get("hw_rescue_device", "disk")
+    if device not in ("disk", "cdrom"):
+        raise _refused("hw_rescue_device", device, "known are disk, cdrom")
+    if device == "cdrom" and bus is Bus.VIRTIO:
+        raise _refused("hw_rescue_bus", bus, "there is no CD-ROM drive on that bus")
+    return bus, device
+
+
+def free_device_name(bus: str, taken: Collection[str]) -> str:
+    """Return the first name on a bus that is not among `taken`."""
+    return next(name for name in _names(Bus(bus).prefix) if name not in taken)
 
 
 def assign_macs(networks: Sequence[Network], instance_uuid: str) -> tuple[Network, ...]:

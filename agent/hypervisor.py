@@ -72,6 +72,8 @@ class Domain(Protocol):
     def state(self) -> list[int]: ...
     def create(self) -> int: ...
     def destroy(self) -> int: ...
+    def XMLDesc(self, flags: int) -> str: ...  # noqa: N802
+    def blockResize(self, disk: str, size: int, flags: int) -> int: ...  # noqa: N802
     def undefine(self) -> int: ...
     def undefineFlags(self, flags: int) -> int: ...  # noqa: N802
     def metadata(self, type: int, uri: str) -> str: ...  # noqa: A002
@@ -267,6 +269,29 @@ class Hypervisor:
                 raise
 
         self._work("defining the domain at", work)
+
+    def xml(self, uuid: str, *, live: bool = False) -> str:
+        """Return a domain's XML: what is defined, or with `live` what runs.
+
+        Raises:
+            HypervisorError: there is no such domain.
+        """
+        flags = libvirt.VIR_DOMAIN_XML_SECURE
+        if not live:
+            flags |= libvirt.VIR_DOMAIN_XML_INACTIVE
+        return self._look(
+            f"asking for the XML of domain {uuid} of",
+            lambda connection: connection.lookupByUUIDString(uuid).XMLDesc(flags),
+        )
+
+    def resize_disk(self, uuid: str, device_name: str, virtual_size: int) -> None:
+        """Make a disk of a running domain as large as that many bytes; its guest is told."""
+
+        def work(connection: Connection) -> None:
+            domain = connection.lookupByUUIDString(uuid)
+            domain.blockResize(device_name, virtual_size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+
+        self._work(f"growing disk {device_name} of domain {uuid} at", work)
 
     def start(self, uuid: str) -> None:
         """Return when a defined domain has started; one that runs is left alone."""

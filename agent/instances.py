@@ -17,6 +17,7 @@ from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
 
+from agent.cancellation import Cancellation
 from agent.disk import Disk
 from agent.errors import BackendError, InstanceExists, NotFound
 from agent.files import (
@@ -28,11 +29,32 @@ from agent.files import (
     write_durably,
 )
 from agent.job import ImagesType
+from agent.report import Role
 
 LOG = logging.getLogger(__name__)
 
 RECORD_NAME = "instance.json"
 CONSOLE_NAME = "console.log"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rescue:
+    """Of an instance that runs another image for the time being."""
+
+    job_id: str
+    domain_xml: str
+    """The domain as it was, and will be again."""
+    was_running: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rebuild:
+    """Of an instance some of whose disks are being replaced."""
+
+    job_id: str
+    replaced: tuple[Disk, ...]
+    """What goes; empty once it is gone."""
+    was_running: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,14 +69,26 @@ class InstanceRecord:
     created_at: float
     image_id: str
     image_digest: str | None = None
+    image_properties: dict[str, str] = field(default_factory=dict)
+    """Of the root's image when it was made."""
     images_type: ImagesType
     """The backend that made its root disk, whatever the host's default is by now."""
     metadata: dict[str, str] = field(default_factory=dict)
     disks: tuple[Disk, ...] = ()
+    rescue: Rescue | None = None
+    rebuild: Rebuild | None = None
+
+    @property
+    def root(self) -> Disk:
+        return next(disk for disk in self.disks if disk.role is Role.ROOT)
 
     @property
     def base_names(self) -> frozenset[str]:
-        return frozenset(disk.base_name for disk in self.disks if disk.base_name is not None)
+        """The bases that some disk of it stands on."""
+        replaced = () if self.rebuild is None else self.rebuild.replaced
+        return frozenset(
+            disk.base_name for disk in (*self.disks, *replaced) if disk.base_name is not None
+        )
 
 
 _RECORD = TypeAdapter(InstanceRecord)
@@ -135,6 +169,23 @@ class Instances:
                     )
             self._claims[uuid] = self._claims[name] = job_id
 
+    def hold(self, uuid: str, job_id: str, cancellation: Cancellation) -> InstanceRecord:
+        """Keep other jobs from an instance that exists until `release`; wait for those before.
+
+        Raises:
+            NotFound: there is none of that uuid, or no longer.
+            BootwrightError: the reason of the cancellation.
+        """
+        while True:
+            with self._lock:
+                record = self._known.get(uuid)
+                if record is None:
+                    raise _no_instance(uuid)
+                if self._claims.get(uuid, job_id) == job_id:
+                    self._claims[uuid] = job_id
+                    return record
+            cancellation.wait(0.1)
+
     def _require_no_files(self, uuid: str) -> None:
         directory = self.directory_of(uuid)
         with _reporting("looking into", directory):
@@ -190,10 +241,7 @@ class Instances:
             for record in self._known.values():
                 if name_or_uuid in (record.uuid, record.name):
                     return record
-        raise NotFound(
-            f"there is no instance {name_or_uuid!r} on this host",
-            "bootwright instance list shows them",
-        )
+        raise _no_instance(name_or_uuid)
 
     def all(self) -> list[InstanceRecord]:
         """Return every instance, oldest first."""
@@ -272,6 +320,13 @@ def _reporting(what: str, path: Path) -> Iterator[None]:
         raise BackendError(
             f"{what} {path}: {e.strerror}", "look at the file system and the kernel's log"
         ) from e
+
+
+def _no_instance(name_or_uuid: str) -> NotFound:
+    return NotFound(
+        f"there is no instance {name_or_uuid!r} on this host",
+        "bootwright instance list shows them",
+    )
 
 
 def _is_uuid(name: str) -> bool:

@@ -30,6 +30,15 @@ class Action(enum.StrEnum):
     PREPARE = "prepare"
     FETCH = "fetch"
     DELETE = "delete"
+    RESIZE = "resize"
+    RESCUE = "rescue"
+    UNRESCUE = "unrescue"
+    REBUILD = "rebuild"
+
+    @property
+    def of_existing(self) -> bool:
+        """Whether it is about an instance that is there already."""
+        return self not in (Action.BOOT, Action.PREPARE, Action.FETCH)
 
 
 class OnFailure(enum.StrEnum):
@@ -138,7 +147,7 @@ class Instance(_Schema):
     """A UUID; made up if absent."""
     name: HostName | None = None
     """Of the domain, and host name of the guest; unique on this host. 1 to 63 letters, digits,
-    `.` and `-`, and no UUID. Needed, except to delete by `uuid`."""
+    `.` and `-`, and no UUID. Needed, except where `uuid` names an instance that exists."""
     metadata: dict[str, str] = Field(default_factory=dict)
     """Kept with the instance; `meta` on its config drive."""
     user_data: Annotated[str, StringConstraints(max_length=65535)] | None = None
@@ -229,11 +238,11 @@ class JobRequest(_Schema):
     on_failure: OnFailure = OnFailure.CLEANUP
     """`cleanup` removes all that a failed job made, `keep` leaves it to be looked at."""
     instance: Instance | None = None
-    """Needed to boot, prepare and delete."""
+    """Needed, except to fetch."""
     flavor: Flavor | None = None
-    """Needed to boot and prepare."""
+    """Needed to boot, prepare and resize."""
     image: ImageRef | None = None
-    """Needed to boot, prepare and fetch."""
+    """Needed to boot, prepare, fetch and rebuild; to rescue, the instance's own if absent."""
     images_type: ImagesType | None = None
     """How the disks are kept: `qcow2` is an overlay on the base, `raw` a copy of it; `lvm`, `rbd`
     and `ploop` where the host is set up for them. The host's `images_type` if absent."""
@@ -251,15 +260,19 @@ class JobRequest(_Schema):
                 needed = {"instance": self.instance, "flavor": self.flavor, "image": self.image}
             case Action.FETCH:
                 needed = {"image": self.image}
-            case Action.DELETE:
+            case Action.DELETE | Action.RESCUE | Action.UNRESCUE:
                 needed = {"instance": self.instance}
+            case Action.RESIZE:
+                needed = {"instance": self.instance, "flavor": self.flavor}
+            case Action.REBUILD:
+                needed = {"instance": self.instance, "image": self.image}
             case _:
                 assert_never(self.action)
         missing = [name for name, value in needed.items() if value is None]
         if missing:
             raise ValueError(f"action {self.action} needs {' and '.join(missing)}")
         if self.instance is not None:
-            if self.action is Action.DELETE:
+            if self.action.of_existing:
                 if self.instance.name is None and self.instance.uuid is None:
                     raise ValueError("instance needs name or uuid")
             elif self.instance.name is None:

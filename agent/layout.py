@@ -136,6 +136,8 @@ class Layout:
             match disk.role:
                 case Role.KERNEL | Role.RAMDISK | Role.ROOT:
                     backend.prepare(disk, bases[disk.role], cancellation)
+                case Role.RESCUE | Role.RESCUE_KERNEL | Role.RESCUE_RAMDISK:
+                    raise AssertionError("a rescue is of an instance that is there already")
                 case Role.EPHEMERAL:
                     write = ephemeral.file_system(
                         GuestFormat(disk.guest_format or GuestFormat.NONE),

@@ -1,4 +1,4 @@
-"""Does what a job asks for, whichever of the four actions it is."""
+"""Does what a job asks for, whichever action it is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +8,12 @@ from agent.cancellation import Cancellation
 from agent.host import Host
 from agent.image import require_active
 from agent.job import Action, JobRequest
+from agent.rebuild import rebuild
 from agent.recorder import Recorder
 from agent.removal import remove_instance
 from agent.report import ImageReport, InstanceReport, Status, TaskState
+from agent.rescue import rescue, unrescue
+from agent.resize import resize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +38,14 @@ class Provisioner:
                 self._fetch(request, recorder, cancellation)
             case Action.DELETE:
                 self._delete(request, recorder, cancellation)
+            case Action.RESIZE:
+                resize(self.host, request, recorder, cancellation)
+            case Action.RESCUE:
+                rescue(self.host, request, recorder, cancellation)
+            case Action.UNRESCUE:
+                unrescue(self.host, request, recorder, cancellation)
+            case Action.REBUILD:
+                rebuild(self.host, request, recorder, cancellation)
 
     def _fetch(self, request: JobRequest, recorder: Recorder, cancellation: Cancellation) -> None:
         """Bring an image into the cache, and the kernel and ramdisk it boots with."""

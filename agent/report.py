@@ -34,6 +34,10 @@ class TaskState(enum.StrEnum):
     BLOCK_DEVICE_MAPPING = "block_device_mapping"
     SPAWNING = "spawning"
     DELETING = "deleting"
+    RESIZING = "resizing"
+    RESCUING = "rescuing"
+    UNRESCUING = "unrescuing"
+    REBUILDING = "rebuilding"
 
 
 class Role(enum.StrEnum):
@@ -43,6 +47,19 @@ class Role(enum.StrEnum):
     EPHEMERAL = "ephemeral"
     SWAP = "swap"
     CONFIG_DRIVE = "config_drive"
+    RESCUE = "rescue"
+    RESCUE_KERNEL = "rescue_kernel"
+    RESCUE_RAMDISK = "rescue_ramdisk"
+
+    @property
+    def of_rescue(self) -> bool:
+        """Whether such a disk goes when the rescue ends."""
+        return self in (Role.RESCUE, Role.RESCUE_KERNEL, Role.RESCUE_RAMDISK)
+
+    @property
+    def is_device(self) -> bool:
+        """Whether the guest finds it as a disk; a kernel and a ramdisk are handed to QEMU."""
+        return self not in (Role.KERNEL, Role.RAMDISK, Role.RESCUE_KERNEL, Role.RESCUE_RAMDISK)
 
 
 class _Report(BaseModel):

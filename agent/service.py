@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from agent.build import disk_report
 from agent.cancellation import Cancellation
 from agent.directory import DirectorySource
 from agent.errors import AgentStopping, BootwrightError, HypervisorError, InvalidJob, NotFound
@@ -16,7 +15,7 @@ from agent.hypervisor import Hypervisor
 from agent.image import Image
 from agent.image_cache import ImageCache
 from agent.instances import InstanceRecord, Instances
-from agent.job import Action, Instance, JobRequest, parse
+from agent.job import Instance, JobRequest, parse
 from agent.journal import Journal, digest_of
 from agent.pruner import Pruner
 from agent.report import InstanceReport, JobReport, Status
@@ -94,7 +93,7 @@ class Agent:
             known = self._journal.by_key(request.idempotency_key, digest)
             if known is not None:
                 return self._worker.live(known)
-        if request.action is Action.DELETE and request.instance is not None:
+        if request.action.of_existing and request.instance is not None:
             request = self._with_instance(request, self._identify(request.instance))
         elif request.instance is not None and request.instance.uuid is None:
             request = self._with_instance(
@@ -308,7 +307,7 @@ class Agent:
             job_id=record.job_id,
             created_at=record.created_at,
             image_id=record.image_id,
-            disks=tuple(map(disk_report, record.disks)),
+            disks=tuple(disk.report() for disk in record.disks),
             metadata=record.metadata,
         )
 

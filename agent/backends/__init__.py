@@ -4,12 +4,12 @@ Another backend is one module here and one line in `main`, where those of a host
 are put together. It passes the suite of `tests/backend_contract.py`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from agent.base import Base
 from agent.cancellation import Cancellation
-from agent.disk import Disk, Home, RbdAccess
+from agent.disk import Disk, DiskType, Home, RbdAccess
 from agent.errors import InvalidJob
 from agent.job import ImagesType
 from agent.report import Role
@@ -101,6 +101,17 @@ class Backends:
     def require(self, images_type: ImagesType) -> None:
         """Raises: InvalidJob: this host has none of that type."""
         self[images_type]
+
+    def access(self, disks: Iterable[Disk]) -> RbdAccess | None:
+        """Return what a domain needs to reach those disks; all of them are in one cluster.
+
+        Raises:
+            BackendError: it cannot be found out.
+        """
+        for disk in disks:
+            if disk.type is DiskType.NETWORK:
+                return self[disk.backend].access()
+        return None
 
     def __iter__(self) -> Iterator[ImagesType]:
         return iter(self._backends)

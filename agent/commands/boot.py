@@ -1,35 +1,23 @@
 """`bootwright boot`."""
 
-import re
 from typing import IO, Final
 
 import click
 
 from agent.commands import job_file
 from agent.commands.command import Command, Exit, Failure, Invocation, invocation
-from agent.commands.jobs import print_job
-from agent.commands.output import emit
-from agent.commands.waiting import conclude, wait
+from agent.commands.flavor import Flavor
+from agent.commands.submission import finish, waiting
 
-_FLAVOR: Final = re.compile(r"([0-9]+)x([0-9]+)x([0-9]+)")
-
-
-class _Flavor(click.ParamType[dict[str, int]]):
-    name = "VCPUSxRAM_MIBxDISK_GIB"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> dict[str, int]:
-        match = _FLAVOR.fullmatch(str(value))
-        if match is None:
-            self.fail(
-                f"{value!r} is no flavor; 2x2048x20, for example, is 2 virtual processors, "
-                "2048 MiB of memory and a disk of 20 GiB",
-                param,
-                ctx,
-            )
-        vcpus, ram, disk = map(int, match.groups())
-        return {"vcpus": vcpus, "ram": ram, "disk": disk}
+_COMMANDS: Final = {
+    "fetch": "image fetch",
+    "delete": "instance delete",
+    "resize": "instance resize",
+    "rescue": "instance rescue",
+    "unrescue": "instance unrescue",
+    "rebuild": "instance rebuild",
+}
+"""What does the other actions."""
 
 
 @click.command(cls=Command)
@@ -37,7 +25,7 @@ class _Flavor(click.ParamType[dict[str, int]]):
     "-f", "--file", "file", type=click.File("rb"), metavar="JOB.yaml", help="The job; - reads it."
 )
 @click.option("--image", "image_id", metavar="ID", help="Image of the root disk.")
-@click.option("--flavor", type=_Flavor(), help="For example 2x2048x20.")
+@click.option("--flavor", type=Flavor(), help="For example 2x2048x20.")
 @click.option("--name", metavar="NAME", help="Name of the instance.")
 @click.option("--kernel", "kernel_id", metavar="ID", help="Image of the kernel.")
 @click.option("--ramdisk", "ramdisk_id", metavar="ID", help="Image of the ramdisk.")
@@ -46,10 +34,7 @@ class _Flavor(click.ParamType[dict[str, int]]):
     metavar="KEY",
     help="Sent twice with the same key, the job is done once.",
 )
-@click.option(
-    "--wait/--no-wait", "waits", default=True, help="Wait for the end, or print the job's id."
-)
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Seconds to wait.")
+@waiting
 @invocation
 def boot(
     call: Invocation,
@@ -86,20 +71,14 @@ def boot(
     if idempotency_key is not None:
         document["idempotency_key"] = idempotency_key
     with call.client() as client:
-        report = client.submit(document)
-        if not waits:
-            emit(call, report, lambda: click.echo(report.id))
-            return
-        (report,) = wait(client, [report.id], timeout)
-    emit(call, report, lambda: print_job(report))
-    conclude([report])
+        finish(call, client, client.submit(document), waits=waits, timeout=timeout)
 
 
 def _from_file(file: IO[bytes]) -> dict[str, object]:
     document = job_file.load(file)
     # A slip of the finger must not delete what was to be booted.
-    if document.get("action") in ("delete", "fetch"):
-        command = "instance delete" if document["action"] == "delete" else "image fetch"
+    if document.get("action") in _COMMANDS:
+        command = _COMMANDS[str(document["action"])]
         raise Failure(
             f"{job_file.name_of(file)} holds a job of action {document['action']}",
             f"that is what 'bootwright {command}' does",

@@ -1,11 +1,14 @@
 """`bootwright instance …`."""
 
+import uuid
+from collections.abc import Mapping
+
 import click
 
 from agent.commands.command import Group, Invocation, invocation
-from agent.commands.jobs import print_job
+from agent.commands.flavor import Flavor
 from agent.commands.output import emit, instant, pairs, rows, size
-from agent.commands.waiting import conclude, wait
+from agent.commands.submission import finish, waiting
 from agent.views import InstanceView
 
 
@@ -58,21 +61,96 @@ def console(call: Invocation, name_or_uuid: str) -> None:
 
 @instance.command()
 @click.argument("name_or_uuid", metavar="NAME_OR_UUID")
-@click.option(
-    "--wait/--no-wait", "waits", default=True, help="Wait for the end, or print the job's id."
-)
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Seconds to wait.")
+@waiting
 @invocation
 def delete(call: Invocation, name_or_uuid: str, *, waits: bool, timeout: float | None) -> None:
     """Destroy an instance and remove its disks."""
     with call.client() as client:
         report = client.delete_instance(name_or_uuid)
-        if not waits:
-            emit(call, report, lambda: click.echo(report.id))
-            return
-        (report,) = wait(client, [report.id], timeout)
-    emit(call, report, lambda: print_job(report))
-    conclude([report])
+        finish(call, client, report, waits=waits, timeout=timeout)
+
+
+@instance.command()
+@click.argument("name_or_uuid", metavar="NAME_OR_UUID")
+@click.option(
+    "--flavor",
+    required=True,
+    type=Flavor(),
+    help="What it shall have, for example 2x2048x20; a disk of 0 stays as it is.",
+)
+@waiting
+@invocation
+def resize(
+    call: Invocation,
+    name_or_uuid: str,
+    *,
+    flavor: dict[str, int],
+    waits: bool,
+    timeout: float | None,
+) -> None:
+    """Grow an instance: its root disk now, processors and memory at its next start."""
+    document = {"action": "resize", "flavor": flavor}
+    _submit(call, name_or_uuid, document, waits=waits, timeout=timeout)
+
+
+@instance.command()
+@click.argument("name_or_uuid", metavar="NAME_OR_UUID")
+@click.option(
+    "--image", "image_id", metavar="ID", help="What to boot; the instance's own if absent."
+)
+@waiting
+@invocation
+def rescue(
+    call: Invocation,
+    name_or_uuid: str,
+    *,
+    image_id: str | None,
+    waits: bool,
+    timeout: float | None,
+) -> None:
+    """Boot another image with the disks of an instance attached."""
+    image = {} if image_id is None else {"image": {"id": image_id}}
+    _submit(call, name_or_uuid, {"action": "rescue", **image}, waits=waits, timeout=timeout)
+
+
+@instance.command()
+@click.argument("name_or_uuid", metavar="NAME_OR_UUID")
+@waiting
+@invocation
+def unrescue(call: Invocation, name_or_uuid: str, *, waits: bool, timeout: float | None) -> None:
+    """End a rescue: the instance is as it was before."""
+    _submit(call, name_or_uuid, {"action": "unrescue"}, waits=waits, timeout=timeout)
+
+
+@instance.command()
+@click.argument("name_or_uuid", metavar="NAME_OR_UUID")
+@click.option("--image", "image_id", required=True, metavar="ID", help="Of the new root disk.")
+@waiting
+@invocation
+def rebuild(
+    call: Invocation, name_or_uuid: str, *, image_id: str, waits: bool, timeout: float | None
+) -> None:
+    """Replace the root disk of an instance by one of an image; what it held is lost."""
+    document = {"action": "rebuild", "image": {"id": image_id}}
+    _submit(call, name_or_uuid, document, waits=waits, timeout=timeout)
+
+
+def _submit(
+    call: Invocation,
+    name_or_uuid: str,
+    document: Mapping[str, object],
+    *,
+    waits: bool,
+    timeout: float | None,
+) -> None:
+    """Submit a job about an instance that is there."""
+    try:
+        instance = {"uuid": str(uuid.UUID(name_or_uuid))}
+    except ValueError:
+        instance = {"name": name_or_uuid}
+    with call.client() as client:
+        report = client.submit({**document, "instance": instance})
+        finish(call, client, report, waits=waits, timeout=timeout)
 
 
 def _print(view: InstanceView) -> None:

@@ -46,6 +46,7 @@ def parse(text: str) -> Seen | None:
         match kind:
             case "guest":
                 ready = False
+                disks, serials, config_drive = {}, {}, {}
                 facts["kernel"] = values["kernel"]
             case "content":
                 facts["content"] = values["sha256"]

@@ -1,0 +1,112 @@
+"""Changes to a domain that is there: what libvirt has of it, with some parts made anew.
+
+All else stays as it is, also what others have changed since it was defined. The
+disks are filled in again as into a template (`agent.domain_xml`), so that each
+names its format and what it stands on.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lxml import etree
+
+from agent import domain_xml
+from agent.disk import Disk
+from agent.domain_xml import DomainSpec
+from agent.hardware import Hardware
+from agent.host import Host
+from agent.instances import InstanceRecord
+
+_KERNEL = ("os/kernel", "os/initrd", "os/cmdline")
+_SIZE = ("memory", "currentMemory", "vcpu", "cpu/topology")
+_BOOT = ("os/boot", "devices/*/boot")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernel:
+    """What QEMU boots by itself; without a kernel the domain boots from its disks."""
+
+    kernel: Path | None
+    ramdisk: Path | None
+    command_line: str | None
+    """None for one that mounts the root disk."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    vcpus: int
+    ram_mib: int
+
+
+def changed(
+    host: Host,
+    record: InstanceRecord,
+    xml: str,
+    *,
+    size: Size | None = None,
+    kernel: Kernel | None = None,
+    boots_from: Disk | None = None,
+) -> str:
+    """Return the domain of `record` with its disks as they are now.
+
+    Args:
+        xml: the domain as libvirt has it.
+        size, kernel: instead of what it has; None leaves that alone.
+        boots_from: the disk that comes first, and alone, in the order of boot.
+
+    Raises:
+        BackendError: how network disks are reached cannot be found out.
+    """
+    domain = etree.fromstring(xml.encode(), etree.XMLParser(remove_blank_text=True))
+    if size is not None:
+        _drop(domain, _SIZE)
+    if kernel is not None:
+        _drop(domain, _KERNEL)
+    disks = record.disks
+    if boots_from is not None:
+        _drop(domain, _BOOT)
+        disks = tuple(replace(disk, boot_index=1 if disk == boots_from else None) for disk in disks)
+    _make_room(domain, {disk.device_name for disk in disks if disk.device_name is not None})
+    spec = DomainSpec(
+        uuid=record.uuid,
+        name=record.name,
+        job_id=record.job_id,
+        image_id=record.image_id,
+        image_digest=record.image_digest,
+        virt_type=host.defaults.virt_type,
+        vcpus=0 if size is None else size.vcpus,
+        ram_mib=0 if size is None else size.ram_mib,
+        disks=disks,
+        kernel=None if kernel is None else kernel.kernel,
+        ramdisk=None if kernel is None else kernel.ramdisk,
+        command_line=None if kernel is None else kernel.command_line,
+        console_log=host.instances.console_of(record.uuid),
+        hardware=Hardware(),
+        rbd=host.backends.access(disks),
+        cache_modes=host.defaults.cache_modes,
+        discard=host.defaults.discard,
+    )
+    return domain_xml.fill_template(etree.tostring(domain, encoding="unicode"), spec)
+
+
+def devices_of(xml: str) -> set[str]:
+    """Return the names of all disks of a domain, such as `vda`."""
+    targets = etree.fromstring(xml.encode()).iterfind("devices/disk/target")
+    return {name for target in targets if (name := target.get("dev")) is not None}
+
+
+def _drop(domain: etree._Element, paths: Collection[str]) -> None:
+    for path in paths:
+        for element in domain.findall(path):
+            parent = element.getparent()
+            if parent is not None:
+                parent.remove(element)
+
+
+def _make_room(domain: etree._Element, names: Collection[str]) -> None:
+    """Empty the places of our disks, for `fill_template` to fill."""
+    for element in domain.findall("devices/disk"):
+        target = element.find("target")
+        if target is not None and target.get("dev") in names:
+            _drop(element, ("source", "backingStore"))

@@ -1,0 +1,201 @@
+"""Rescue: an instance boots another image for a while, with its own disks attached.
+
+Its disks keep their names and their order; the rescue disk comes last, and first
+in the order of boot. What was there before is kept in `instance.json`, and comes
+back when the rescue ends or fails.
+"""
+
+import logging
+from dataclasses import replace
+
+from agent import domain_changes
+from agent.acquisition import Acquisition
+from agent.base import Base
+from agent.cancellation import Cancellation
+from agent.change import Change, is_running
+from agent.disk import Disk
+from agent.domain_changes import Kernel
+from agent.errors import AgentStopping, BootwrightError, InvalidJob
+from agent.hardware import free_device_name, rescue_bus
+from agent.host import Host
+from agent.instances import InstanceRecord, Rescue
+from agent.job import ImageRef, ImagesType, JobRequest, OnFailure
+from agent.layout import SECTOR
+from agent.recorder import Recorder
+from agent.report import ImageReport, Role, Status, TaskState
+
+LOG = logging.getLogger(__name__)
+
+_ROLES = {
+    Role.KERNEL: Role.RESCUE_KERNEL,
+    Role.RAMDISK: Role.RESCUE_RAMDISK,
+    Role.ROOT: Role.RESCUE,
+}
+
+
+def rescue(host: Host, request: JobRequest, recorder: Recorder, cancellation: Cancellation) -> None:
+    """Do a rescue job, and record the result.
+
+    Raises:
+        InvalidJob: the instance has no domain, or is being changed otherwise.
+        BootwrightError: it failed; with `on_failure: cleanup` all is as before.
+    """
+    change = Change(host, request, recorder, cancellation)
+    with change.held() as record:
+        if record.rescue is None or record.rescue.job_id != change.job_id:
+            change.require_settled(record)
+        change.require_domain(record)
+        acquisition = Acquisition(host, recorder, cancellation)
+        try:
+            _begin(change, record, acquisition)
+        except AgentStopping:
+            raise
+        except Exception:
+            if request.on_failure is OnFailure.CLEANUP:
+                _undo(change)
+            raise
+        finally:
+            acquisition.release()
+    recorder.finish(Status.ACTIVE, "the domain runs the rescue image")
+
+
+def unrescue(
+    host: Host, request: JobRequest, recorder: Recorder, cancellation: Cancellation
+) -> None:
+    """Do an unrescue job, and record the result.
+
+    Raises:
+        InvalidJob: the instance is not being rescued.
+        BackendError, HypervisorError: it still is; doing it again goes on.
+    """
+    change = Change(host, request, recorder, cancellation)
+    resumed = recorder.report.task_state is TaskState.UNRESCUING
+    recorder.phase(TaskState.UNRESCUING)
+    with change.held() as record:
+        # An earlier run of this very job may have come to its end but for the last word.
+        if record.rescue is None and not resumed:
+            raise InvalidJob(
+                f"instance {record.name} is not being rescued",
+                f"bootwright instance rescue {record.name} begins that",
+            )
+        _end(change)
+        state = change.note_domain()
+    recorder.finish(
+        Status.ACTIVE if is_running(state) else Status.DONE, f"the domain is {state}, as it was"
+    )
+
+
+def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> None:
+    host, recorder = change.host, change.recorder
+    recorder.phase(TaskState.IMAGE_RESOLVING)
+    images = acquisition.resolve(change.request.image or ImageRef(id=record.image_id))
+    bases = acquisition.acquire(images, max_virtual_size=None)
+    root = bases[Role.ROOT]
+    recorder.note(image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin))
+    recorder.phase(TaskState.RESCUING)
+    if record.rescue is None:
+        xml = host.hypervisor.xml(change.uuid)
+        record = change.save(
+            replace(
+                record,
+                disks=(*record.disks, *_planned(change, record, bases, xml)),
+                rescue=Rescue(
+                    job_id=change.job_id,
+                    domain_xml=xml,
+                    was_running=is_running(host.hypervisor.state(change.uuid)),
+                ),
+            )
+        )
+    by_role = {disk.role: disk for disk in record.disks}
+    for role, base in bases.items():
+        disk = by_role[_ROLES[role]]
+        host.backends[disk.backend].prepare(disk, base, change.cancellation)
+    change.cancellation.check()
+    disk = by_role[Role.RESCUE]
+    if not _runs_rescue(change, record):
+        host.hypervisor.destroy(change.uuid)
+        kernel = _kernel(by_role, change.request, root)
+        xml = domain_changes.changed(
+            host, record, _original(record), kernel=kernel, boots_from=disk
+        )
+        host.hypervisor.define(xml)
+        host.hypervisor.start(change.uuid)
+    change.note_domain()
+
+
+def _undo(change: Change) -> None:
+    """Bring back what was; never raises."""
+    try:
+        _end(change)
+    except BootwrightError as e:
+        LOG.error(
+            "instance %s is left half rescued: %s; 'bootwright instance unrescue %s' goes on",
+            change.uuid,
+            e,
+            change.uuid,
+        )
+
+
+def _original(record: InstanceRecord) -> str:
+    if record.rescue is None:
+        raise AssertionError("only what is being rescued has an original")
+    return record.rescue.domain_xml
+
+
+def _planned(
+    change: Change, record: InstanceRecord, bases: dict[Role, Base], xml: str
+) -> list[Disk]:
+    backends, home = change.host.backends, change.home
+    flat = backends[ImagesType.RAW]
+    disks = [
+        flat.plan(home, _ROLES[role], f"{role}.rescue", bases[role], bases[role].virtual_size)
+        for role in (Role.KERNEL, Role.RAMDISK)
+        if role in bases
+    ]
+    root = bases[Role.ROOT]
+    size = -(-root.virtual_size // SECTOR) * SECTOR
+    disk = backends[record.images_type].plan(home, Role.RESCUE, "disk.rescue", root, size)
+    bus, device = rescue_bus(root.image.properties, str(record.root.bus))
+    taken = domain_changes.devices_of(xml)
+    disks.append(replace(disk, bus=bus, device=device, device_name=free_device_name(bus, taken)))
+    return disks
+
+
+def _kernel(by_role: dict[Role, Disk], request: JobRequest, root: Base) -> Kernel:
+    kernel, ramdisk = by_role.get(Role.RESCUE_KERNEL), by_role.get(Role.RESCUE_RAMDISK)
+    given = None if request.image is None else request.image.os_command_line
+    device = by_role[Role.RESCUE].device_name
+    return Kernel(
+        kernel=None if kernel is None else kernel.path,
+        ramdisk=None if ramdisk is None else ramdisk.path,
+        command_line=given
+        or root.image.properties.get("os_command_line")
+        or f"root=/dev/{device} console=ttyS0",
+    )
+
+
+def _runs_rescue(change: Change, record: InstanceRecord) -> bool:
+    """Whether what runs right now has the rescue disk, so that an earlier run has got so far."""
+    hypervisor = change.host.hypervisor
+    if not is_running(hypervisor.state(change.uuid)):
+        return False
+    disk = next(disk for disk in record.disks if disk.role is Role.RESCUE)
+    return str(disk.path) in hypervisor.xml(change.uuid, live=True)
+
+
+def _end(change: Change) -> None:
+    """Bring back what was; done already is fine."""
+    host = change.host
+    record = host.instances.get(change.uuid)
+    if record is None or record.rescue is None:
+        return
+    if _runs_rescue(change, record):
+        host.hypervisor.destroy(change.uuid)
+    host.hypervisor.define(record.rescue.domain_xml)
+    if record.rescue.was_running:
+        host.hypervisor.start(change.uuid)
+    for disk in record.disks:
+        if disk.role.of_rescue:
+            host.backends[disk.backend].remove(disk, change.home)
+    disks = tuple(disk for disk in record.disks if not disk.role.of_rescue)
+    change.save(replace(record, disks=disks, rescue=None))

@@ -1,0 +1,76 @@
+"""Makes an instance larger: its root disk, and from its next start on processors and memory.
+
+A disk under a running guest is grown by QEMU, which tells the guest; at rest by
+its backend. File systems are the guest's own business. Nothing ever shrinks.
+"""
+
+from dataclasses import replace
+
+from agent import domain_changes
+from agent.base import GIB
+from agent.cancellation import Cancellation
+from agent.change import Change, is_running
+from agent.disk import Disk, DiskType
+from agent.domain_changes import Size
+from agent.errors import InvalidJob
+from agent.host import Host
+from agent.instances import InstanceRecord
+from agent.job import Flavor, JobRequest
+from agent.recorder import Recorder
+from agent.report import Status, TaskState
+
+
+def resize(host: Host, request: JobRequest, recorder: Recorder, cancellation: Cancellation) -> None:
+    """Do a resize job, and record the result.
+
+    Raises:
+        InvalidJob: the flavor is smaller, or the instance is being changed otherwise.
+        BackendError, HypervisorError: the disk is as it was.
+        BootwrightError: the reason of the cancellation.
+    """
+    if request.flavor is None:
+        raise AssertionError("the job's schema guarantees the flavor")
+    change = Change(host, request, recorder, cancellation)
+    recorder.phase(TaskState.RESIZING)
+    with change.held() as held:
+        record = held
+        change.require_settled(record)
+        state = change.state(record)
+        disk = _grown(change, record, request.flavor, running=is_running(state))
+        if disk != record.root:
+            others = (disk if each.role is disk.role else each for each in record.disks)
+            record = change.save(replace(record, disks=tuple(others)))
+        if state is not None:
+            size = Size(vcpus=request.flavor.vcpus, ram_mib=request.flavor.ram)
+            xml = host.hypervisor.xml(change.uuid)
+            host.hypervisor.define(domain_changes.changed(host, record, xml, size=size))
+            change.note_domain()
+    later = "; processors and memory change at its next start" if is_running(state) else ""
+    recorder.finish(Status.DONE, f"the root disk has {disk.virtual_size} bytes{later}")
+
+
+def _grown(change: Change, record: InstanceRecord, flavor: Flavor, *, running: bool) -> Disk:
+    root = record.root
+    wanted = flavor.disk * GIB or root.virtual_size
+    if wanted < root.virtual_size:
+        raise InvalidJob(
+            f"the root disk of instance {record.name} has {root.virtual_size} bytes and would "
+            f"shrink to {wanted}",
+            f"disks only grow: use a flavor with disk: {-(-root.virtual_size // GIB)} or more, "
+            "or 0 to leave it as it is",
+        )
+    if wanted == root.virtual_size:
+        return root
+    if root.read_only:
+        raise InvalidJob(
+            f"the root of instance {record.name} is a CD-ROM, which cannot grow",
+            "use a flavor with disk: 0",
+        )
+    change.cancellation.check()
+    backend = change.host.backends[root.backend]
+    if not running:
+        return backend.grow(root, wanted)
+    # A file or an image in a cluster is grown by QEMU itself, a device under it is not.
+    grown = backend.grow(root, wanted) if root.type is DiskType.BLOCK else root
+    change.host.hypervisor.resize_disk(change.uuid, str(root.device_name), wanted)
+    return replace(grown, virtual_size=wanted)
