@@ -16,15 +16,17 @@ again from the start and passes quickly over what is done:
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from agent import domain_xml
 from agent.acquisition import Acquisition
 from agent.base import GIB, Base, check_fits
 from agent.cancellation import Cancellation
+from agent.devices import assign_devices, assign_macs
 from agent.disk import Home
 from agent.domain_xml import DomainSpec
 from agent.errors import AgentStopping, BootwrightError, FlavorDiskSmallerThanMinDisk, InvalidJob
-from agent.hardware import Hardware, assign_devices, assign_macs
+from agent.hardware import Hardware, SecureBoot, unknown
 from agent.host import Host
 from agent.image import Image
 from agent.instances import InstanceRecord
@@ -117,7 +119,7 @@ class Build:
             image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin)
         )
         self._recorder.phase(TaskState.BLOCK_DEVICE_MAPPING)
-        hardware = Hardware.wanted_by(root.image.properties)
+        hardware = self._hardware(root.image)
         networks = assign_macs(self._networks(), self._uuid)
         record = self._record(bases, hardware, networks)
         self._recorder.note(disks=tuple(disk.report() for disk in record.disks))
@@ -174,10 +176,26 @@ class Build:
             image_properties=dict(root.image.properties),
             images_type=self._images_type,
             metadata=self._instance.metadata,
-            disks=assign_devices(self._layout(networks).plan(bases, self._images_type), hardware),
+            disks=assign_devices(
+                self._layout(networks).plan(bases, self._images_type), hardware, self._uuid
+            ),
         )
         self._host.instances.write(record)
         return record
+
+    def _hardware(self, image: Image) -> Hardware:
+        if ignored := unknown(image.properties):
+            LOG.warning(
+                "image %s asks for what this agent cannot give, and does without: %s",
+                image.id,
+                ", ".join(ignored),
+            )
+        hardware = Hardware.wanted_by(image.properties)
+        if hardware.secure_boot is SecureBoot.OPTIONAL:
+            offered = self._host.hypervisor.offers_secure_boot(hardware.machine)
+            choice = SecureBoot.REQUIRED if offered else SecureBoot.DISABLED
+            return replace(hardware, secure_boot=choice)
+        return hardware
 
     def _known(self) -> InstanceRecord | None:
         return self._host.instances.get(self._uuid)
@@ -201,6 +219,9 @@ class Build:
     def _networks(self) -> Sequence[Network]:
         if self._request.networks is not None:
             return self._request.networks
+        template = self._request.libvirt.domain_xml
+        if template is not None and domain_xml.has_interface(template):
+            return ()
         # What most people mean who say nothing, where it exists.
         if self._defines and self._host.hypervisor.has_active_network("default"):
             return (Network(network="default"),)
@@ -230,6 +251,7 @@ class Build:
             rbd=self._host.backends.access(record.disks),
             cache_modes=self._host.defaults.cache_modes,
             discard=self._host.defaults.discard,
+            iotune=self._flavor.iotune,
         )
         template = self._request.libvirt.domain_xml
         return (

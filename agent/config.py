@@ -133,7 +133,7 @@ class Configuration:
                     if conf.libvirt.images_type == "default"
                     else ImagesType(conf.libvirt.images_type)
                 ),
-                cache_modes={kind: cache_modes.get(kind, "default") for kind in DiskType},
+                cache_modes={DiskType(kind): mode for kind, mode in cache_modes.items()},
                 discard=conf.libvirt.hw_disk_discard,
             ),
             images=ImagesSettings(

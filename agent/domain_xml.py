@@ -7,7 +7,7 @@ find out what it is. Knows nothing of a running libvirt.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, assert_never, cast
 
@@ -15,7 +15,7 @@ from lxml import etree
 
 from agent.disk import Disk, DiskType, RbdAccess
 from agent.errors import InvalidJob
-from agent.hardware import Bus, Firmware, Hardware
+from agent.hardware import Bus, Firmware, Hardware, SecureBoot, WatchdogAction
 from agent.job import Network
 from agent.report import Role
 
@@ -25,6 +25,9 @@ NAMESPACE: Final = "urn:bootwright:domain:1"
 # As much as the job's schema lets through. libxml2's own limits on depth and
 # on single texts stay in force below that.
 _TEMPLATE_LIMIT: Final = 1 << 20
+
+# MAX_TAP_QUEUES of Linux.
+_MOST_QUEUES: Final = 256
 
 _TEMPLATE_HINT: Final = "correct libvirt.domain_xml of the job; try it with virt-xml-validate"
 
@@ -59,6 +62,8 @@ class DomainSpec:
     """libvirt's: none, writeback …"""
     discard: str
     """libvirt's: unmap or ignore."""
+    iotune: Mapping[str, int] = field(default_factory=dict)
+    """What each disk may do, by libvirt's name: `read_bytes_sec` …"""
 
 
 def build(spec: DomainSpec) -> str:
@@ -72,21 +77,9 @@ def build(spec: DomainSpec) -> str:
     _size(domain, spec)
     os = _add(domain, "os", firmware="efi" if spec.hardware.firmware is Firmware.UEFI else None)
     _add(os, "type", "hvm", machine=spec.hardware.machine)
-    if spec.hardware.firmware is Firmware.UEFI:
-        # Left alone, libvirt may choose a firmware that refuses every kernel
-        # Microsoft has not signed.
-        _add(_add(os, "firmware"), "feature", enabled="no", name="secure-boot")
+    _firmware(os, spec.hardware)
     _kernel(os, spec)
-    features = _add(domain, "features")
-    _add(features, "acpi")
-    _add(features, "apic")
-    # Under TCG host-model describes a host that is not there; maximum is all
-    # that the emulator can do, and guests built for x86-64-v2 need that.
-    _add(domain, "cpu", mode="host-model" if spec.virt_type == "kvm" else "maximum")
-    clock = _add(domain, "clock", offset="utc")
-    _add(clock, "timer", name="pit", tickpolicy="delay")
-    _add(clock, "timer", name="rtc", tickpolicy="catchup")
-    _add(clock, "timer", name="hpet", present="no")
+    _processor(domain, spec)
     devices = _add(domain, "devices")
     _controllers(devices, spec)
     for disk in _attached(spec):
@@ -94,6 +87,7 @@ def build(spec: DomainSpec) -> str:
     for network in spec.networks:
         _interface(devices, network, spec)
     _console(devices, spec)
+    _extras(devices, spec.hardware)
     _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
     _add(devices, "memballoon", model="virtio")
     return _text(domain)
@@ -103,7 +97,8 @@ def fill_template(xml: str, spec: DomainSpec) -> str:
     """Return the domain of `xml` with the instance's disks in it.
 
     All that the template says stays. What it leaves out is filled in: name,
-    uuid, size, type of machine, kernel, order of boot, network cards, serial console. A
+    uuid, size, type of machine, kernel, order of boot, serial console; network cards
+    are added, but not to those of its own. A
     `<disk>` that has the target of one of our disks and no source of its own
     becomes that disk, with whatever else it says (`<iotune>`, `<driver io=…>`);
     disks that have no such place are added.
@@ -132,12 +127,21 @@ def fill_template(xml: str, spec: DomainSpec) -> str:
     for disk in _attached(spec):
         place = places.get(disk.device_name or "")
         _describe(_add(devices, "disk") if place is None else place, disk, spec)
-    if devices.find("interface") is None:
-        for network in spec.networks:
-            _interface(devices, network, spec)
+    card = devices.find("interface")
+    if card is not None and spec.networks:
+        raise _wrong(
+            _line(card), "an <interface> is there already, and the job has networks of its own"
+        )
+    for network in spec.networks:
+        _interface(devices, network, spec)
     if devices.find("serial") is None and devices.find("console") is None:
         _console(devices, spec)
     return _text(domain)
+
+
+def has_interface(template: str) -> bool:
+    """Whether a template has a network card of its own. Raises: InvalidJob: it is no domain."""
+    return _parse(template).find("devices/interface") is not None
 
 
 def job_of(metadata: str) -> str | None:
@@ -253,6 +257,75 @@ def _kernel(os: etree._Element, spec: DomainSpec) -> None:
         _add(os, "cmdline", usual if spec.command_line is None else spec.command_line)
 
 
+def _firmware(os: etree._Element, hardware: Hardware) -> None:
+    if hardware.firmware is Firmware.UEFI:
+        features = _add(os, "firmware")
+        # Left alone, libvirt may choose a firmware that refuses every kernel
+        # Microsoft has not signed.
+        secure = "yes" if hardware.secure_boot is SecureBoot.REQUIRED else "no"
+        _add(features, "feature", enabled=secure, name="secure-boot")
+        if hardware.secure_boot is SecureBoot.REQUIRED:
+            # Without keys nothing would be refused.
+            _add(features, "feature", enabled="yes", name="enrolled-keys")
+        if hardware.firmware_stateless:
+            _add(os, "loader", stateless="yes")
+    if hardware.boot_menu:
+        _add(os, "bootmenu", enable="yes")
+
+
+def _processor(domain: etree._Element, spec: DomainSpec) -> None:
+    """Write features, processor and clock, in the order of libvirt's schema."""
+    hardware = spec.hardware
+    kvm = spec.virt_type == "kvm"
+    features = _add(domain, "features")
+    _add(features, "acpi")
+    _add(features, "apic")
+    if hardware.pmu is not None:
+        _add(features, "pmu", state="on" if hardware.pmu else "off")
+    if hardware.hidden_hypervisor:
+        _add(_add(features, "kvm"), "hidden", state="on")
+    if hardware.windows and kvm:
+        hyperv = _add(features, "hyperv")
+        _add(hyperv, "relaxed", state="on")
+        _add(hyperv, "vapic", state="on")
+        _add(hyperv, "spinlocks", state="on", retries="8191")
+    if hardware.secure_boot is SecureBoot.REQUIRED:
+        # The variables with the keys are out of reach for the guest's kernel.
+        _add(features, "smm", state="on")
+    # Under TCG host-model describes a host that is not there; maximum is all
+    # that the emulator can do, and guests built for x86-64-v2 need that.
+    cpu = _add(domain, "cpu", mode="host-model" if kvm else "maximum")
+    if hardware.topology is not None:
+        sockets, cores, threads = hardware.topology.complete(spec.vcpus)
+        _add(cpu, "topology", sockets=str(sockets), cores=str(cores), threads=str(threads))
+    # Windows takes the hardware clock for local time.
+    clock = _add(domain, "clock", offset="localtime" if hardware.windows else "utc")
+    _add(clock, "timer", name="pit", tickpolicy="delay")
+    _add(clock, "timer", name="rtc", tickpolicy="catchup")
+    _add(clock, "timer", name="hpet", present="yes" if hardware.hpet else "no")
+    if hardware.windows and kvm:
+        _add(clock, "timer", name="hypervclock", present="yes")
+
+
+def _extras(devices: etree._Element, hardware: Hardware) -> None:
+    """Add the devices that an image may ask for."""
+    for port in range(1, hardware.serial_ports):
+        serial = _add(devices, "serial", type="pty")
+        _add(serial, "target", port=str(port))
+    if hardware.guest_agent:
+        channel = _add(devices, "channel", type="unix")
+        _add(channel, "target", type="virtio", name="org.qemu.guest_agent.0")
+    if hardware.tablet:
+        _add(devices, "input", type="tablet", bus="usb")
+    if hardware.tpm_model is not None:
+        tpm = _add(devices, "tpm", model=hardware.tpm_model)
+        _add(tpm, "backend", type="emulator", version=hardware.tpm_version)
+    if hardware.video_model is not None:
+        _add(_add(devices, "video"), "model", type=hardware.video_model)
+    if hardware.watchdog is not WatchdogAction.DISABLED:
+        _add(devices, "watchdog", model="i6300esb", action=hardware.watchdog)
+
+
 def _attached(spec: DomainSpec) -> list[Disk]:
     return [disk for disk in spec.disks if disk.device_name is not None]
 
@@ -261,7 +334,7 @@ def _controllers(devices: etree._Element, spec: DomainSpec) -> None:
     if any(disk.bus == Bus.SCSI for disk in spec.disks):
         # libvirt's own choice is the LSI controller of 1995, which newer
         # guests have no driver for and which takes seven disks.
-        _add(devices, "controller", type="scsi", index="0", model="virtio-scsi")
+        _add(devices, "controller", type="scsi", index="0", model=spec.hardware.scsi_model)
 
 
 def _describe(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:
@@ -291,6 +364,10 @@ def _describe(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:
             _line(target),
             f"{disk.device_name} is on bus {target.get('bus')!r}, the image asks for {disk.bus!r}",
         )
+    if spec.iotune and element.find("iotune") is None and not disk.role.of_rescue:
+        limits = _add(element, "iotune")
+        for name, value in spec.iotune.items():
+            _add(limits, name, str(value))
     if disk.serial is not None and element.find("serial") is None:
         _add(element, "serial", disk.serial)
     if disk.read_only and element.find("readonly") is None:
@@ -342,6 +419,9 @@ def _interface(devices: etree._Element, network: Network, spec: DomainSpec) -> N
     else:
         _add(interface, "source", bridge=network.bridge)
     _add(interface, "model", type=spec.hardware.nic_model)
+    if spec.hardware.nic_multiqueue and spec.vcpus > 1:
+        # As many as processors, up to what a tap device has.
+        _add(interface, "driver", name="vhost", queues=str(min(spec.vcpus, _MOST_QUEUES)))
 
 
 def _console(devices: etree._Element, spec: DomainSpec) -> None:

@@ -9,9 +9,11 @@ the same target at once.
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -60,6 +62,31 @@ def reporting_no_space(path: Path, needed: int, what: str) -> Iterator[None]:
         if e.errno not in _FULL:
             raise
         raise no_space(path, needed, free_bytes(path.parent), what) from e
+
+
+def supports_direct(directory: Path) -> bool:
+    """Return whether O_DIRECT writes work there, which they do not on tmpfs and some others."""
+    # Opening is not enough to know: some file systems take the flag and refuse the write.
+    probe = directory / f".direct.{os.getpid()}.{threading.get_ident()}.tmp"
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_DIRECT
+    # mmap gives memory on a page boundary, which O_DIRECT asks for.
+    with (
+        contextlib.closing(mmap.mmap(-1, BLOCK)) as page,
+        reporting_no_space(probe, BLOCK, "trying direct I/O at"),
+    ):
+        try:
+            fd = os.open(probe, flags, 0o600)
+            try:
+                os.write(fd, page)
+            finally:
+                os.close(fd)
+        except OSError as e:
+            if e.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return False
+            raise
+        finally:
+            probe.unlink(missing_ok=True)
+    return True
 
 
 def fsync(path: Path) -> None:

@@ -94,7 +94,7 @@ class Connection(Protocol):
     def getVersion(self) -> int: ...  # noqa: N802
     def getLibVersion(self) -> int: ...  # noqa: N802
     def getDomainCapabilities(  # noqa: N802
-        self, emulator: None, arch: None, machine: None, virttype: str
+        self, emulator: None, arch: None, machine: str | None, virttype: str
     ) -> str: ...
     def lookupByUUIDString(self, uuid: str) -> Domain: ...  # noqa: N802
     def lookupByName(self, name: str) -> Domain: ...  # noqa: N802
@@ -161,6 +161,17 @@ class Hypervisor:
             f"asking for virt_type {self._virt_type} of",
             lambda connection: connection.getDomainCapabilities(None, None, None, self._virt_type),
         )
+
+    def offers_secure_boot(self, machine: str) -> bool:
+        """Whether there is a firmware for it, as far as libvirt knows."""
+        xml = self._work(
+            f"asking for the firmware of machine {machine} at",
+            lambda connection: connection.getDomainCapabilities(
+                None, None, machine, self._virt_type
+            ),
+        )
+        values = ET.fromstring(xml).iterfind("os/loader/enum[@name='secure']/value")  # noqa: S314
+        return any(value.text == "yes" for value in values)
 
     def domains(self) -> list[DomainState]:
         """Every domain, of whomever, defined or running."""

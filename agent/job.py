@@ -167,6 +167,28 @@ class Ephemeral(_Schema):
     `default_ephemeral_format` if absent."""
 
 
+_QUOTA = "quota:disk_"
+_LIMITS = frozenset(
+    f"{_QUOTA}{what}_{unit}_sec"
+    for what in ("read", "write", "total")
+    for unit in ("bytes", "iops")
+)
+
+
+def _extra_specs(specs: dict[str, int]) -> dict[str, int]:
+    for name in specs:
+        if name not in _LIMITS:
+            near = difflib.get_close_matches(name, _LIMITS, n=1)
+            also = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(_LIMITS))}"
+            raise ValueError(f"unknown {name}: {also}")
+    for unit in ("bytes", "iops"):
+        total = f"{_QUOTA}total_{unit}_sec"
+        for part in (f"{_QUOTA}read_{unit}_sec", f"{_QUOTA}write_{unit}_sec"):
+            if specs.get(total) and specs.get(part):
+                raise ValueError(f"give either {total} or {part}")
+    return specs
+
+
 class Flavor(_Schema):
     vcpus: int = Field(ge=1, le=4096)
     """Virtual processors."""
@@ -174,10 +196,22 @@ class Flavor(_Schema):
     """Memory."""
     disk: int = Field(ge=0, le=1 << 20, description="GiB; 0 keeps the image's own size")
     """The root disk, exactly."""
-    ephemeral: tuple[Ephemeral, ...] = Field(default=(), max_length=20)
+    ephemeral: tuple[Ephemeral, ...] = Field(default=(), max_length=200)
     """Further disks, empty but for a file system."""
     swap: int = Field(default=0, ge=0, le=1 << 30, description="MiB")
     """A disk to swap on; 0 for none."""
+    extra_specs: Annotated[dict[str, Annotated[int, Field(ge=0)]], AfterValidator(_extra_specs)] = (
+        Field(default_factory=dict)
+    )
+    """What each disk may do: `quota:disk_read_bytes_sec`, `quota:disk_write_iops_sec` and so on,
+    `read`, `write` or `total` of `bytes` or `iops`; 0 for no limit."""
+
+    @property
+    def iotune(self) -> dict[str, int]:
+        """The limits on each disk, by libvirt's name."""
+        return {
+            name.removeprefix(_QUOTA): limit for name, limit in self.extra_specs.items() if limit
+        }
 
 
 class ImageRef(_Schema):

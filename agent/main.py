@@ -15,7 +15,9 @@ from agent.backends.flat import Flat
 from agent.backends.ploop import Ploop
 from agent.backends.qcow2 import Qcow2
 from agent.cancellation import Cancellation
+from agent.disk import DiskType
 from agent.errors import AgentStopping
+from agent.files import supports_direct
 from agent.host import Defaults, Host
 from agent.housekeeping import Housekeeping
 from agent.hypervisor import Hypervisor
@@ -196,7 +198,7 @@ class _Parts:
                     config_drive=settings.config_drive_format,
                     force_config_drive=settings.force_config_drive,
                 ),
-                cache_modes=settings.libvirt.cache_modes,
+                cache_modes=_cache_modes(settings),
                 discard=settings.libvirt.discard or "ignore",
             ),
         )
@@ -285,6 +287,11 @@ class _Parts:
             )
         if drained and tidied:  # else a thread may still write to the journal
             self.journal.close()
+
+
+def _cache_modes(settings: Settings) -> dict[DiskType, str]:
+    usual = "none" if supports_direct(settings.instances_path) else "writeback"
+    return {kind: settings.libvirt.cache_modes.get(kind, usual) for kind in DiskType}
 
 
 def _policy(settings: Settings) -> RetryPolicy:

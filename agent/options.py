@@ -121,12 +121,13 @@ _LIBVIRT: Final[list[cfg.Opt]] = [
     ),
     cfg.ListOpt(
         "disk_cachemodes",
-        default=["file=none"],
+        default=[],
         item_type=types.String(
             regex=r"^(file|block|network)=(default|none|writethrough|writeback|directsync|unsafe)$"
         ),
         help="Cache mode per kind of disk, as kind=mode. Kinds: file, block, network. Modes are "
-        "QEMU's: default, none, writethrough, writeback, directsync, unsafe.",
+        "QEMU's: default, none, writethrough, writeback, directsync, unsafe. A kind that is not "
+        "here has none where the filesystem of instances_path can do direct I/O, else writeback.",
     ),
     cfg.StrOpt(
         "hw_disk_discard",

@@ -6,10 +6,7 @@ if inspection has found nothing. Whether a file may be opened at all is the
 business of `inspection`.
 """
 
-import contextlib
-import errno
 import json
-import mmap
 import os
 import threading
 from pathlib import Path
@@ -216,7 +213,7 @@ class QemuImg:
         """Return whether O_DIRECT writes work there (not on tmpfs, some network file systems)."""
         with self._probing:
             if directory not in self._direct:
-                self._direct[directory] = _probe_direct(directory)
+                self._direct[directory] = files.supports_direct(directory)
             return self._direct[directory]
 
 
@@ -232,30 +229,6 @@ def _limit_reached(error: ProgramFailed, limits: process.Limits) -> str | None:
     if any(words in stderr for words in _NO_MEMORY):
         return f"it needs more than {limits.address_space} bytes of address space"
     return None
-
-
-def _probe_direct(directory: Path) -> bool:
-    """Opening is not enough to know: some file systems take the flag and refuse the write."""
-    probe = directory / f".direct.{os.getpid()}.{threading.get_ident()}.tmp"
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_DIRECT
-    # mmap gives memory on a page boundary, which O_DIRECT asks for.
-    with (
-        contextlib.closing(mmap.mmap(-1, files.BLOCK)) as page,
-        files.reporting_no_space(probe, files.BLOCK, "trying direct I/O at"),
-    ):
-        try:
-            fd = os.open(probe, flags, 0o600)
-            try:
-                os.write(fd, page)
-            finally:
-                os.close(fd)
-        except OSError as e:
-            if e.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-                return False
-            raise
-        finally:
-            probe.unlink(missing_ok=True)
-    return True
 
 
 def _make_empty(path: Path) -> None:

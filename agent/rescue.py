@@ -13,10 +13,10 @@ from agent.acquisition import Acquisition
 from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.change import Change, is_running
+from agent.devices import free_device_name, rescue_bus, serial
 from agent.disk import Disk
 from agent.domain_changes import Kernel
 from agent.errors import AgentStopping, BootwrightError, InvalidJob
-from agent.hardware import free_device_name, rescue_bus
 from agent.host import Host
 from agent.instances import InstanceRecord, Rescue
 from agent.job import ImageRef, ImagesType, JobRequest, OnFailure
@@ -157,7 +157,15 @@ def _planned(
     disk = backends[record.images_type].plan(home, Role.RESCUE, "disk.rescue", root, size)
     bus, device = rescue_bus(root.image.properties, str(record.root.bus))
     taken = domain_changes.devices_of(xml)
-    disks.append(replace(disk, bus=bus, device=device, device_name=free_device_name(bus, taken)))
+    disks.append(
+        replace(
+            disk,
+            bus=bus,
+            device=device,
+            device_name=free_device_name(bus, taken),
+            serial=serial(disk.role, home.uuid),
+        )
+    )
     return disks
 
 

@@ -28,6 +28,7 @@ class LibvirtSettings:
     images_type: ImagesType
     """What a job that names none gets."""
     cache_modes: Mapping[DiskType, str]
+    """Of the kinds of disks that have one configured."""
     discard: str | None
     """ignore or unmap; None leaves it to QEMU."""
 

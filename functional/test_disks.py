@@ -1,5 +1,6 @@
 """Each kind of disk under a real guest: what it sees, what it writes, what the host finds after."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from functional.conftest import Images, MakeAgent
+from functional.conftest import Images, MakeAgent, boot_files
 from functional.harness.agent import Agent
 from functional.harness.console import Seen, wait_ready
 from functional.harness.glance import Glance
@@ -55,6 +56,7 @@ def test_a_guest_reads_and_writes_a_ploop_image(
     assert (root["format"], root["virtual_size"]) == ("ploop", 2 * GIB)
     assert seen.content_sha256 == guest.content_sha256
     assert seen.disks == {"vda": 2 * GIB}
+    assert seen.serials["vda"].endswith("-root")
     assert seen.bootcount == 1
     assert seen.filesystem > 1.8 * GIB
 
@@ -135,3 +137,43 @@ def blkid(path: str) -> dict[str, str]:
         ["blkid", "-p", "-o", "export", path], capture_output=True, text=True, check=False
     )
     return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [
+        {"hw_disk_bus": "scsi"},
+        {"hw_disk_bus": "ide"},
+        {"hw_firmware_type": "uefi", "hw_video_model": "none"},
+    ],
+    ids=lambda properties: "-".join(properties.values()),
+)
+def test_a_guest_boots_on_the_hardware_its_image_asks_for(
+    agent: Agent, images: Images, guest: Guest, glance: Glance, properties: dict[str, str]
+) -> None:
+    boots = boot_files(images.kernel, images.ramdisk)
+    image_id = glance.upload(guest.root, disk_format="raw", properties={**boots, **properties})
+    document = job(image_id)
+    document["flavor"]["ram"] = 256
+
+    disks, seen = booted(agent, document)
+
+    root = disks["root"]
+    assert seen.content_sha256 == guest.content_sha256
+    assert set(seen.disks.values()) == {2 * GIB}
+    assert root["device_name"] == {"scsi": "sda", "ide": "hda"}.get(
+        properties.get("hw_disk_bus", ""), "vda"
+    )
+
+
+def test_limits_of_the_flavor_are_on_the_disk_of_the_running_guest(
+    agent: Agent, images: Images, libvirtd: PrivateLibvirtd
+) -> None:
+    document = job(images.root)
+    document["flavor"]["extra_specs"] = {"quota:disk_write_iops_sec": 123}
+    agent.boot(document)
+    assert "write_iops_sec : 123" in libvirtd.virsh("blkdeviotune", "web-1", "vda")
+    document["flavor"]["extra_specs"] = {"quota:disk_write_iops_sek": 123}
+    refused = agent.run("boot", "-f", "-", stdin=json.dumps(document))
+    assert refused.returncode == 2
+    assert "did you mean quota:disk_write_iops_sec?" in refused.stderr

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from agent import qcow2
+from agent.devices import assign_devices
 from agent.disk import Disk, DiskType, Link
 from agent.domain_xml import DomainSpec, build
 from agent.errors import HypervisorError, InstanceExists, InvalidJob
-from agent.hardware import Hardware, assign_devices
+from agent.hardware import Hardware
 from agent.hypervisor import Hypervisor
 from agent.job import ImagesType
 from agent.report import Role
@@ -75,6 +76,7 @@ def new_spec(root: Path, properties: dict[str, str] | None = None) -> DomainSpec
         ),
         *(
             Disk(
+                device="cdrom" if fixed else "disk",
                 role=role,
                 backend=ImagesType.RAW,
                 path=directory / name,
@@ -97,12 +99,16 @@ def new_spec(root: Path, properties: dict[str, str] | None = None) -> DomainSpec
         virt_type="qemu",
         vcpus=1,
         ram_mib=256,
-        disks=assign_devices(disks, hardware),
+        disks=assign_devices(disks, hardware, domain_uuid),
         hardware=hardware,
         console_log=directory / "console.log",
         cache_modes=dict.fromkeys(DiskType, "writeback"),
         discard="unmap",
     )
+
+
+GOLDEN = Path(__file__).parents[1] / "tests/golden"
+GOLDEN_UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
 
 
 @pytest.mark.parametrize(
@@ -130,6 +136,27 @@ def test_qemu_runs_every_machine_an_image_may_ask_for(
     assert hypervisor.state(spec.uuid) == "shut off"
     hypervisor.undefine(spec.uuid)
     assert hypervisor.state(spec.uuid) is None
+
+
+@pytest.mark.parametrize("golden", sorted(GOLDEN.glob("*.xml")), ids=lambda path: path.stem)
+def test_libvirt_defines_every_golden_domain(hypervisor: Hypervisor, golden: Path) -> None:
+    domain_uuid = str(uuid.uuid4())
+    xml = golden.read_text().replace(GOLDEN_UUID, domain_uuid).replace('type="kvm"', 'type="qemu"')
+    # There is no host processor for it to be like.
+    xml = xml.replace('mode="host-model"', 'mode="maximum"')
+    hypervisor.define(xml)
+    try:
+        assert hypervisor.state(domain_uuid) == "shut off"
+    finally:
+        hypervisor.undefine(domain_uuid)
+
+
+def test_secure_boot_is_offered_and_starts(hypervisor: Hypervisor, root: Path) -> None:
+    assert hypervisor.offers_secure_boot("q35")
+    spec = new_spec(root, {"hw_firmware_type": "uefi", "os_secure_boot": "required"})
+    hypervisor.define(build(spec))
+    hypervisor.start(spec.uuid)
+    assert "secure='yes'" in hypervisor.xml(spec.uuid, live=True)
 
 
 def test_uefi_guest_is_undefined_with_its_nvram(

@@ -52,7 +52,7 @@ def test_defaults(write: Write) -> None:
     assert found.image_cache.directory == Path("/var/lib/bootwright/instances/_base")
     assert found.api.socket == Path("/run/bootwright/bootwright.sock")
     assert found.libvirt.images_type is ImagesType.QCOW2
-    assert found.libvirt.cache_modes[DiskType.FILE] == "none"
+    assert found.libvirt.cache_modes == {}
     assert found.libvirt.discard is None
     assert found.default_ephemeral_format is GuestFormat.EXT4
     assert found.images.source is ImageSourceName.DIRECTORY

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
-from agent.disk import Disk, DiskType, Link
+from agent.devices import assign_devices
+from agent.disk import Disk, DiskType, Link, RbdAccess
 from agent.domain_xml import NAMESPACE, DomainSpec, build, fill_template
-from agent.errors import InvalidJob
-from agent.hardware import Hardware, assign_devices
+from agent.errors import ImageUnacceptable, InvalidJob
+from agent.hardware import Hardware
 from agent.job import ImagesType, Network
 from agent.report import Role
 
@@ -84,7 +85,7 @@ def domain_spec(*disks: Disk, properties: dict[str, str] | None = None) -> Domai
         virt_type="kvm",
         vcpus=2,
         ram_mib=2048,
-        disks=assign_devices(disks or (OVERLAY,), hardware),
+        disks=assign_devices(disks or (OVERLAY,), hardware, UUID),
         hardware=hardware,
         console_log=DIRECTORY / "console.log",
         cache_modes=dict.fromkeys(DiskType, "none"),
@@ -144,6 +145,94 @@ DOMAINS = {
             properties={"hw_machine_type": "pc", "hw_vif_model": "e1000"},
         )
     ),
+    "block": build(
+        domain_spec(
+            dataclasses.replace(
+                FLAT,
+                backend=ImagesType.LVM,
+                type=DiskType.BLOCK,
+                path=Path("/dev/vg", f"{UUID}_disk"),
+            )
+        )
+    ),
+    "network": build(
+        dataclasses.replace(
+            domain_spec(
+                dataclasses.replace(
+                    FLAT,
+                    backend=ImagesType.RBD,
+                    type=DiskType.NETWORK,
+                    path=Path(f"vms/{UUID}_disk"),
+                )
+            ),
+            rbd=RbdAccess(
+                monitors=(("192.0.2.1", 6789), ("2001:db8::1", 6789)),
+                user="bootwright",
+                secret_uuid="5ba0edde-461d-411f-95b4-60d89a0516f6",
+            ),
+        )
+    ),
+    "thirty_scsi_disks": build(
+        domain_spec(
+            OVERLAY,
+            *(
+                dataclasses.replace(EPHEMERAL, path=DIRECTORY / f"disk.eph{number}")
+                for number in range(29)
+            ),
+            properties={"hw_disk_bus": "scsi"},
+        )
+    ),
+    "limits": build(
+        dataclasses.replace(
+            domain_spec(OVERLAY, SWAP),
+            iotune={"read_bytes_sec": 10 << 20, "total_iops_sec": 500},
+        )
+    ),
+    "secure_boot": build(
+        domain_spec(
+            properties={
+                "hw_firmware_type": "uefi",
+                "os_secure_boot": "required",
+                "hw_machine_type": "q35",
+            }
+        )
+    ),
+    "windows": build(
+        domain_spec(
+            properties={
+                "os_type": "windows",
+                "hw_disk_bus": "sata",
+                "hw_cdrom_bus": "sata",
+                "hw_vif_model": "e1000e",
+                "hw_video_model": "vga",
+                "hw_pointer_model": "usbtablet",
+                "hw_tpm_version": "2.0",
+                "hw_time_hpet": "true",
+                "img_hide_hypervisor_id": "true",
+            }
+        )
+    ),
+    "every_device": build(
+        dataclasses.replace(
+            domain_spec(
+                properties={
+                    "hw_qemu_guest_agent": "yes",
+                    "hw_boot_menu": "true",
+                    "hw_watchdog_action": "reset",
+                    "hw_serial_port_count": "2",
+                    "hw_scsi_model": "virtio-scsi",
+                    "hw_disk_bus": "scsi",
+                    "hw_vif_multiqueue_enabled": "true",
+                    "hw_cpu_cores": "2",
+                    "hw_pmu": "false",
+                    "hw_firmware_type": "uefi",
+                    "hw_firmware_stateless": "true",
+                    "hw_video_model": "virtio",
+                }
+            ),
+            networks=NETWORKS,
+        )
+    ),
     "template": fill_template(TEMPLATE, domain_spec(OVERLAY, EPHEMERAL)),
 }
 
@@ -186,15 +275,17 @@ def test_chain_of_a_disk_is_written_to_its_end() -> None:
 
 def test_every_disk_ends_its_chain_so_that_libvirt_never_looks() -> None:
     for xml in DOMAINS.values():
-        own = find(xml, f"//disk[starts-with(source/@file, '{DIRECTORY}')]")
+        own = find(
+            xml, f"//disk[contains(source/@*, '{UUID}') or contains(source/@name, '{UUID}')]"
+        )
         assert own
         assert all(disk.findall(".//backingStore")[-1].find("*") is None for disk in own)
         assert all(disk.find("driver") is not None for disk in own)
 
 
 def test_serial_number_of_a_disk_is_passed_on() -> None:
-    xml = build(domain_spec(dataclasses.replace(OVERLAY, serial="root-7")))
-    assert [serial.text for serial in find(xml, "//disk/serial")] == ["root-7"]
+    xml = build(domain_spec(OVERLAY))
+    assert [serial.text for serial in find(xml, "//disk/serial")] == ["0b46a3c625a5-root"]
 
 
 def test_command_line_of_the_job_replaces_the_usual_one() -> None:
@@ -260,14 +351,25 @@ def test_template_with_an_order_of_boot_keeps_to_it(template: str) -> None:
     assert find(fill_template("<domain/>", domain_spec(OVERLAY)), "//disk/boot")
 
 
-def test_template_with_network_cards_keeps_to_them() -> None:
+def test_template_has_network_cards_or_the_job_has() -> None:
+    template = "<domain><devices>\n<interface type='user'/></devices></domain>"
     spec = dataclasses.replace(domain_spec(), networks=NETWORKS)
-    card = "<interface type='user'/>"
-    assert (
-        len(find(fill_template(f"<domain><devices>{card}</devices></domain>", spec), "//interface"))
-        == 1
-    )
+    assert len(find(fill_template(template, domain_spec()), "//interface")) == 1
     assert len(find(fill_template("<domain/>", spec), "//interface")) == 2
+    with pytest.raises(InvalidJob, match=r"line 2: an <interface> .* networks of its own"):
+        fill_template(template, spec)
+
+
+def test_limits_are_on_every_disk_but_those_of_a_rescue() -> None:
+    rescue = dataclasses.replace(EPHEMERAL, role=Role.RESCUE, path=DIRECTORY / "disk.rescue")
+    spec = dataclasses.replace(domain_spec(OVERLAY, SWAP, rescue), iotune={"read_iops_sec": 7})
+    limited = find(build(spec), "//disk[iotune/read_iops_sec='7']/target")
+    assert [target.get("dev") for target in limited] == ["vda", "vdb"]
+
+
+def test_processors_that_do_not_multiply_are_refused() -> None:
+    with pytest.raises(ImageUnacceptable, match="not the flavor's 2 processors"):
+        build(domain_spec(properties={"hw_cpu_cores": "3"}))
 
 
 DISK = "<domain>\n<devices>\n<disk>\n{}\n</disk></devices></domain>"

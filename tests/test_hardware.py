@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.devices import assign_devices, assign_macs
 from agent.disk import Disk
 from agent.errors import ImageUnacceptable
-from agent.hardware import Bus, Firmware, Hardware, NicModel, assign_devices, assign_macs
+from agent.hardware import Bus, Firmware, Hardware, NicModel, SecureBoot, unknown
 from agent.job import ImagesType, Network
 from agent.report import Role
 
@@ -27,7 +28,7 @@ def disk(role: Role, *, device: str = "disk") -> Disk:
 
 
 def names(*disks: Disk, **properties: str) -> list[tuple[str | None, str | None, str]]:
-    assigned = assign_devices(disks, Hardware.wanted_by(properties))
+    assigned = assign_devices(disks, Hardware.wanted_by(properties), UUID)
     return [(disk.bus, disk.device_name, disk.device) for disk in assigned]
 
 
@@ -55,10 +56,20 @@ def test_properties_are_read_without_regard_to_case() -> None:
         {"hw_vif_model": "ne2k"},
         {"hw_machine_type": "q35' onload='"},
         {"hw_disk_bus": "ide", "hw_machine_type": "pc-q35-7.2"},
+        {"os_secure_boot": "required"},
+        {"os_secure_boot": "required", "hw_firmware_type": "uefi", "hw_machine_type": "pc"},
+        {"os_secure_boot": "perhaps"},
+        {"hw_boot_menu": "maybe"},
+        {"hw_serial_port_count": "0"},
+        {"hw_cpu_cores": "-1"},
+        {"hw_tpm_model": "tpm-spapr"},
+        {"hw_video_model": "gop"},
+        {"hw_watchdog_action": "explode"},
+        {"hw_scsi_model": "buslogic"},
     ],
 )
 def test_wish_that_cannot_be_met_is_refused_by_its_name(properties: dict[str, str]) -> None:
-    with pytest.raises(ImageUnacceptable, match="the image property hw_"):
+    with pytest.raises(ImageUnacceptable, match=r"the image property (hw|os)_"):
         Hardware.wanted_by(properties)
 
 
@@ -100,7 +111,7 @@ def test_image_of_a_cdrom_is_a_read_only_cdrom() -> None:
     assert names(iso) == [("sata", "sda", "cdrom")]
     assert names(iso, hw_machine_type="pc") == [("ide", "hda", "cdrom")]
     assert names(iso, hw_cdrom_bus="scsi") == [("scsi", "sda", "cdrom")]
-    assert assign_devices([iso], Hardware())[0].read_only
+    assert assign_devices([iso], Hardware(), UUID)[0].read_only
 
 
 def test_buses_that_share_a_prefix_share_its_names() -> None:
@@ -109,7 +120,7 @@ def test_buses_that_share_a_prefix_share_its_names() -> None:
 
 
 def test_only_the_root_disk_has_a_place_in_the_boot_order() -> None:
-    assigned = assign_devices([disk(Role.ROOT), disk(Role.EPHEMERAL)], Hardware())
+    assigned = assign_devices([disk(Role.ROOT), disk(Role.EPHEMERAL)], Hardware(), UUID)
     assert [disk.boot_index for disk in assigned] == [1, None]
 
 
@@ -143,3 +154,28 @@ def test_mac_address_follows_from_the_instance_and_is_kept_if_given() -> None:
     assert first.mac != third.mac
     assert assign_macs(networks, UUID) == (first, second, third)
     assert assign_macs(networks, UUID.replace("0", "1"))[0].mac != first.mac
+
+
+def test_properties_nobody_reads_are_told() -> None:
+    properties = {"hw_disk_bus": "scsi", "hw_cpu_policy": "dedicated", "os_type": "linux"}
+    assert unknown(properties) == ["hw_cpu_policy"]
+
+
+def test_optional_secure_boot_is_not_asked_of_a_machine_that_has_none() -> None:
+    assert Hardware.wanted_by({"os_secure_boot": "optional"}).secure_boot is SecureBoot.DISABLED
+    uefi = {"os_secure_boot": "optional", "hw_firmware_type": "uefi"}
+    assert Hardware.wanted_by(uefi).secure_boot is SecureBoot.OPTIONAL
+
+
+def test_every_disk_has_a_serial_of_its_own() -> None:
+    roles = (Role.ROOT, *[Role.EPHEMERAL] * 200, Role.SWAP, Role.CONFIG_DRIVE)
+    disks = [disk(role) for role in roles]
+    serials = [each.serial for each in assign_devices(disks, Hardware(), UUID)]
+    assert serials == [
+        "0b46a3c625a5-root",
+        *(f"0b46a3c625a5-eph{number}" for number in range(200)),
+        "0b46a3c625a5-swap",
+        "0b46a3c625a5-config",
+    ]
+    # What virtio has for it.
+    assert all(len(serial or "") <= 20 for serial in serials)
