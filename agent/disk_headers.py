@@ -17,14 +17,18 @@ _MAX_VHDX_BLOCK: Final = 256 << 20
 _MAX_GRAIN: Final = 2048
 _MAX_TABLE_ENTRIES: Final = 512
 _MAX_DESCRIPTOR: Final = 2047
-_AT_END: Final = (1 << 64) - 1
 
-_VMDK_HEADER: Final = struct.Struct("<4sIIQQQQIQQ")
+VHD_MAGIC: Final = b"conectix"
+
+VMDK_HEADER: Final = struct.Struct("<4sIIQQQQIQQ")
+VMDK_DIRECTORY_AT_END: Final = (1 << 64) - 1
+"""In place of where the grain directory is: a footer tells."""
 _VMDK_SUBTYPES: Final = ("monolithicsparse", "streamoptimized")
 _VMDK_EXTENT: Final = re.compile(r'(?:rw|rdonly) \d+ sparse "([^"]*)"')
 
 VHDX_TABLE: Final = 64 << 10
 """Bytes at the start of VHDX metadata that hold the table; its items come behind."""
+_VHDX_MAX_ITEMS: Final = 2047  # so many fit
 _VHDX_PARENT_LOCATOR: Final = bytes.fromhex("2d5fd3a80bb34d45abf7d3d84834ab0c")
 _VHDX_FILE_PARAMETERS: Final = bytes.fromhex("3767a1ca36fa434db3b633f0aa44e76b")
 
@@ -84,11 +88,11 @@ def check_vmdk_header(header: bytes, file_size: int | None) -> None:
             "the vmdk is no sparse extent (no 4b 44 4d 56 at byte 0) and needs other files; an "
             "image must be self-contained"
         )
-    if len(header) < _VMDK_HEADER.size:
+    if len(header) < VMDK_HEADER.size:
         raise ValueError(f"the vmdk header is cut short after {len(header)} of 64 bytes")
     (
         _, _, _, sectors, grain, _, descriptor, entries, _, directory,
-    ) = _VMDK_HEADER.unpack_from(header)  # fmt: skip
+    ) = VMDK_HEADER.unpack_from(header)  # fmt: skip
     if not 1 <= grain <= _MAX_GRAIN or grain & (grain - 1):
         raise ValueError(
             f"the vmdk grain size is {grain} sectors (byte 20), not a power of 2 up to {_MAX_GRAIN}"
@@ -99,7 +103,7 @@ def check_vmdk_header(header: bytes, file_size: int | None) -> None:
     ):
         if not 1 <= value <= most:
             raise ValueError(f"the vmdk {what.format(value)}, not 1 to {most}")
-    if directory == _AT_END or file_size is None:
+    if directory == VMDK_DIRECTORY_AT_END or file_size is None:
         return
     end = directory * _SECTOR + -(-sectors // (grain * entries)) * 4
     if end > file_size:
@@ -135,6 +139,8 @@ def check_vmdk_descriptor(descriptor: str) -> None:
 def vhdx_parameters_offset(table: bytes) -> int:
     """Return where in the VHDX metadata the file parameters (8 bytes) are, by its table."""
     (count,) = struct.unpack_from("<H", table, 10)
+    if count > _VHDX_MAX_ITEMS:
+        raise ValueError(f"the vhdx metadata has {count} entries, not up to {_VHDX_MAX_ITEMS}")
     entries = {
         table[at : at + 16]: struct.unpack_from("<I", table, at + 16)[0]
         for at in range(32, 32 + 32 * count, 32)

@@ -44,6 +44,12 @@ def free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def first_bytes(path: Path, count: int) -> bytes:
+    """Return the first `count` bytes of a file, or all if it has fewer."""
+    with path.open("rb") as opened:
+        return opened.read(count)
+
+
 def no_space(path: Path, needed: int, free: int, what: str) -> InsufficientFreeSpace:
     """Return the error for `what` (such as "copying the base to") not fitting at `path`."""
     return InsufficientFreeSpace(

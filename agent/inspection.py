@@ -16,7 +16,6 @@ entries and looks at little else; `qcow2.parse_header` looks at more.
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from oslo_utils.imageutils import format_inspector
 
@@ -42,7 +41,7 @@ _QEMU_NAMES = {"vhd": "vpc"}  # Glance's name: QEMU's
 
 _MAGICS = (
     (0, qcow2.MAGIC, "qcow2"),
-    (0, b"conectix", "vhd"),
+    (0, disk_headers.VHD_MAGIC, "vhd"),
     (0, b"vhdxfile", "vhdx"),
     (0, b"KDMV", "vmdk"),
     (0, b"COWD", "vmdk"),
@@ -187,7 +186,7 @@ class Inspection:
                 f"it is cut short: its {content} header points beyond its {self._length} bytes",
                 _UPLOAD,
             )
-        if content == "vhd" and not self._tail.startswith(b"conectix"):
+        if content == "vhd" and not self._tail.startswith(disk_headers.VHD_MAGIC):
             raise self._unacceptable(
                 "it is cut short: its vhd header needs a footer in its last 512 bytes", _UPLOAD
             )
@@ -285,7 +284,7 @@ class Inspection:
             raise self._contradiction("dmg")
         if self._claim != "vhd":
             return "raw"
-        if not self._tail.startswith(b"conectix"):
+        if not self._tail.startswith(disk_headers.VHD_MAGIC):
             raise self._contradiction("raw")
         try:
             disk_headers.vhd_size(self._tail, kind=2)
@@ -316,17 +315,16 @@ class Inspection:
         return ImageUnacceptable(f"image {self._image_id}: {what}", hint)
 
 
-def refuse_nested(image_id: str, raw: Path) -> None:
-    """Look whether a converted image holds yet another image format.
+def refuse_nested(image_id: str, head: bytes) -> None:
+    """Look whether a disk, by its first `HEAD` bytes, is yet another image.
 
-    A disk that begins with, say, a qcow2 header would be taken for one by
+    One that begins with, say, a qcow2 header would be taken for one by
     whatever guesses formats later on. An ISO is fine: QEMU never opens it so.
 
     Raises:
         ImageUnacceptable
     """
-    with raw.open("rb") as opened:
-        found = _formats(opened.read(HEAD)) - {"iso"}
+    found = _formats(head) - {"iso"}
     if found:
         raise ImageUnacceptable(
             f"image {image_id}: its virtual disk itself holds an image of format "

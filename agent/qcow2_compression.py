@@ -6,7 +6,7 @@ Knows nothing of where they come from or go to.
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ class Unpacker:
         keep: Callable[[int, bytes, int], None],
     ) -> None:
         """`put` and `keep` are called in other threads; the latter as `submit` says."""
-        self._unpack = {"zlib": _inflate, "zstd": _unzstd}[compression]
+        self._unpack = _UNPACK[compression]
         self._cluster = cluster
         self._put = put
         self._keep = keep
@@ -103,6 +103,15 @@ class Unpacker:
                 self._keep((end - 1) // self._cluster, window, base)
 
 
+def unpacked(compression: str, data: bytes, cluster: int) -> bytes:
+    """Return the cluster of so many bytes that `data` begins with.
+
+    Raises:
+        ValueError
+    """
+    return _UNPACK[compression](memoryview(data), cluster)[0]
+
+
 def _inflate(data: memoryview, cluster: int) -> tuple[bytes, int]:
     """Return a cluster of raw deflate, and how many bytes of `data` it took.
 
@@ -136,3 +145,9 @@ def _exact(decoded: bytes, cluster: int) -> bytes:
     if len(decoded) != cluster:
         raise ValueError(f"it has {'more' if len(decoded) > cluster else len(decoded)} bytes")
     return decoded
+
+
+_UNPACK: Mapping[str, Callable[[memoryview, int], tuple[bytes, int]]] = {
+    "zlib": _inflate,
+    "zstd": _unzstd,
+}

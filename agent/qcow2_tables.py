@@ -24,7 +24,7 @@ one a cluster.
 """
 
 _COMPRESSED = 1 << 62
-_OFFSET = 0x00FF_FFFF_FFFF_FE00
+OFFSET = 0x00FF_FFFF_FFFF_FE00
 _RESERVED = 0x3F00_0000_0000_01FE  # bits 1 to 8 and 56 to 61
 _ZERO = 1
 _SECTOR = 512
@@ -153,9 +153,9 @@ def read_l1(data: bytes, geometry: Geometry, claims: Claims) -> "array[int]":
     """
     offsets = _words(data)
     for index, entry in enumerate(offsets):
-        offset = entry & _OFFSET
+        offset = entry & OFFSET
         offsets[index] = offset
-        if entry & ~(_OFFSET | 1 << 63):
+        if entry & ~(OFFSET | 1 << 63):
             raise ValueError(f"the qcow2 L1 entry {index} has reserved bits set ({entry:#x})")
         if offset:
             _check_place(offset, geometry, f"L2 table {index}")
@@ -208,7 +208,7 @@ def read_l2(data: bytes, index: int, geometry: Geometry) -> tuple[list[Extent], 
             packed.append(_compressed(entry, guest, geometry))
             continue
         for at, length in _allocated(entry, bitmap, guest, geometry):
-            into = at - (entry & _OFFSET)
+            into = at - (entry & OFFSET)
             # The file may end within its last cluster; what is missing are zeros.
             stop = min(at + length, geometry.size, at + end - guest - into)
             if at < stop:
@@ -252,7 +252,7 @@ def _allocated(
     entry: int, bitmap: int | None, guest: int, geometry: Geometry
 ) -> Iterable[tuple[int, int]]:
     """Return offset in the file and length of what an entry says is data."""
-    offset = entry & _OFFSET
+    offset = entry & OFFSET
     reserved = _RESERVED | (0 if bitmap is None else _ZERO)
     if entry & reserved or offset % geometry.cluster:
         raise ValueError(

@@ -27,9 +27,9 @@ from pydantic import TypeAdapter, ValidationError
 from agent import resumable_hash
 from agent.cancellation import Cancellation
 from agent.errors import BootwrightError
-from agent.files import reporting_no_space, write_durably
+from agent.files import first_bytes, reporting_no_space, write_durably
 from agent.image import Image
-from agent.inspection import Inspection, Verdict, refuse_nested
+from agent.inspection import HEAD, Inspection, Verdict, refuse_nested
 from agent.intake import Undecodable
 from agent.intake.hasher import Hash, Hasher
 from agent.intake.marker import Marker
@@ -213,7 +213,7 @@ class DecodedIntake:
     def disk(self, verdict: Verdict) -> Path:
         if self._decoder.virtual_size != verdict.virtual_size:
             raise AssertionError("inspection and decoder read the same header")
-        refuse_nested(self._partial.image.id, self._partial.raw)
+        refuse_nested(self._partial.image.id, first_bytes(self._partial.raw, HEAD))
         return self._partial.raw
 
     def close(self) -> None:

@@ -11,10 +11,11 @@ import hashlib
 from pathlib import Path
 from typing import Protocol
 
+from agent import disk_start
 from agent.cancellation import Cancellation
-from agent.errors import BootwrightError
-from agent.files import SparseWriter
-from agent.inspection import Inspection, Verdict, refuse_nested
+from agent.errors import BootwrightError, ImageUnacceptable
+from agent.files import SparseWriter, first_bytes
+from agent.inspection import HEAD, Inspection, Verdict, refuse_nested
 from agent.intake.hasher import Hasher
 from agent.intake.marker import Marker
 from agent.partial import Partial
@@ -109,6 +110,7 @@ class PlainIntake:
     def disk(self, verdict: Verdict) -> Path:
         if verdict.format in PLAIN_FORMATS:
             return self._partial.data
+        self._refuse_nested(verdict)
         raw = self._partial.raw
         raw.unlink(missing_ok=True)
         self._converter.convert(
@@ -118,8 +120,24 @@ class PlainIntake:
             self._cancellation,
             virtual_size=verdict.virtual_size,
         )
-        refuse_nested(self._partial.image.id, raw)
+        # Once more, of what QEMU has made of it.
+        refuse_nested(self._partial.image.id, first_bytes(raw, HEAD))
         return raw
+
+    def _refuse_nested(self, verdict: Verdict) -> None:
+        """Look at the disk within before anything of QEMU opens the image."""
+        image_id = self._partial.image.id
+        try:
+            head = disk_start.read(
+                self._partial.data, verdict.format, min(HEAD, verdict.virtual_size)
+            )
+        except ValueError as e:
+            raise ImageUnacceptable(
+                f"image {image_id}: the beginning of its disk cannot be read: {e}",
+                "the image is damaged or not what it claims to be: make it anew, with "
+                "'qemu-img convert -O qcow2', and upload that",
+            ) from e
+        refuse_nested(image_id, head)
 
     def close(self) -> None:
         self._marker.close()

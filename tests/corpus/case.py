@@ -76,12 +76,17 @@ def bytes_of(make: Callable[[], bytes], truth: bytes | None = None) -> Callable[
 
 
 def converted(
-    work: Path, qemu_format: str, options: str = "", *, content: bytes = CONTENT
+    work: Path,
+    qemu_format: str,
+    options: str = "",
+    *,
+    content: bytes = CONTENT,
+    compress: bool = False,
 ) -> bytes:
     """Return what qemu-img makes of `content`."""
     raw, made = work / "content", work / "made"
     raw.write_bytes(content)
-    words = ["-o", options] if options else []
+    words = [*(["-o", options] if options else []), *(["-c"] if compress else [])]
     subprocess.run(
         ["qemu-img", "convert", "-f", "raw", "-O", qemu_format, *words, raw, made], check=True
     )

@@ -149,7 +149,7 @@ def _damaged() -> Iterator[Case]:
         bat = data.index(bytes.fromhex("6677c22d23f600429d64115e9bfd4a08"), 192 << 10)
         return patched(data, bat + 16, struct.pack("<Q", 1 << 40))
 
-    yield _case(48, "vhdx table beyond the end", "vhdx", far_table, "qemu-img", by=By.QEMU)
+    yield _case(48, "vhdx table beyond the end", "vhdx", far_table, "beyond the file", by=By.CACHE)
     for size in (0, 512, 3 * MIB, 1 << 31):
         make = _edited("vdi", 0x178, struct.pack("<I", size))
         yield _case(48, f"vdi blocks of {size}", "vdi", make, f"block size is {size}")
@@ -157,5 +157,7 @@ def _damaged() -> Iterator[Case]:
         make = _edited("vdi", 0x180, struct.pack("<I", blocks))
         yield _case(48, f"vdi of {blocks} blocks", "vdi", make, f"{blocks} blocks")
     yield _case(48, "vdi of no size", "vdi", _edited("vdi", 0x170, bytes(8)), "virtual size is 0")
-    make = _edited("vhd", 512 + 32, struct.pack(">I", 0))
-    yield _case(48, "vhd blocks of 0", "vhd", make, "qemu-img", by=By.QEMU)
+    for size in (0, 3 * MIB, 1 << 31):
+        make = _edited("vhd", 512 + 32, struct.pack(">I", size))
+        refused = f"vhd block size is {size} bytes"
+        yield _case(48, f"vhd blocks of {size}", "vhd", make, refused, by=By.CACHE)

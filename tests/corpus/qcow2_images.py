@@ -241,21 +241,35 @@ def _claims() -> Iterator[Case]:
         make=bytes_of(lambda: with_fields(honest(), version=1)),
         refused="disk_format raw, but its bytes are qcow2",
     )
-    for number, outer, claim, options in (
+    inner = (
+        ("backing file", backed("/etc/passwd")),
+        ("data file", with_fields(honest(), incompatible=4)),
+        ("header", honest()),
+    )
+    for number, qemu_format, claim, options in (
         (33, "qcow2", "qcow2", ""),
+        (33, "qcow2", "qcow2", "extended_l2=on"),
+        (33, "qcow2", "qcow2", "cluster_size=512"),
+        (34, "vmdk", "vmdk", "subformat=monolithicSparse"),
         (34, "vmdk", "vmdk", "subformat=streamOptimized"),
         (34, "vdi", "vdi", ""),
+        (34, "vdi", "vdi", "static=on"),
         (34, "vhdx", "vhdx", ""),
+        (34, "vhdx", "vhdx", "subformat=fixed"),
+        (34, "vpc", "vhd", ""),
     ):
-        for what, inner in (("backing file", backed("/etc/passwd")), ("header", honest())):
-            yield Case(
-                number=number,
-                name=f"{what} within {outer}",
-                disk_format=claim,
-                make=partial(_nested, inner, outer, options),
-                refused=holds,
-                by=By.CACHE if outer == "qcow2" else By.QEMU,
-            )
+        for what, data in inner:
+            for size_known in (True, False) if number == 33 else (True,):
+                yield Case(
+                    number=number,
+                    name=f"{what} within {claim} {options}".strip()
+                    + ("" if size_known else " of unknown size"),
+                    disk_format=claim,
+                    make=partial(_nested, data, qemu_format, options),
+                    refused=holds,
+                    by=By.CACHE,
+                    size_known=size_known,
+                )
 
 
 def _sizes() -> Iterator[Case]:
