@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from agent import manifest as manifests
 from agent import prune
+from agent.cancellation import Cancellation
 from agent.errors import BackendError, InsufficientFreeSpace, NotFound
 from agent.partial import Partial
 from agent.pins import OperatorPin
@@ -167,73 +168,160 @@ def test_in_any_state_nothing_in_use_goes_and_a_second_pass_finds_nothing_more(
     assert removed(prune.plan(prune.after(found, decisions), NOW, policy)) == {}
 
 
-@settings(max_examples=25, deadline=None)
-@given(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A state of the cache on disk, and of all who have a say in it."""
+
+    bases: list[tuple[str, float, int | None]]
+    """Who needs it, its age in seconds, and whose bytes it has."""
+    broken: str | None
+    """What cannot be read, so that nobody knows who needs what."""
+    partial: bool
+    quarantined: bool
+    remove_unused: bool
+    minimum_age_s: float
+    max_size: int | None
+    room: int
+
+
+_NEEDED_BY = ("job", "instance", "pin", "unreadable pin", "other host")
+_SCENES = st.builds(
+    Scene,
     bases=st.lists(
         st.tuples(
-            st.sampled_from(["nobody", "job", "instance", "pin", "expired pin", "other host"]),
+            st.sampled_from(["nobody", "expired pin", *_NEEDED_BY]),
             st.sampled_from([0.0, 2 * DAY, 3 * DAY]),
-            st.sampled_from([None, 0, 1]),  # whose bytes it has
+            st.sampled_from([None, 0, 1]),
         ),
         max_size=5,
     ),
-    max_size=st.none() | st.integers(0, 3),
+    broken=st.sampled_from([None, None, None, "instance", "host"]),
+    partial=st.booleans(),
+    quarantined=st.booleans(),
+    remove_unused=st.sampled_from([True, True, True, False]),
     minimum_age_s=st.sampled_from([DAY, 1e9]),
+    max_size=st.none() | st.integers(0, 5).map(lambda mib: mib * MIB),
+    room=st.integers(0, 4).map(lambda mib: mib * MIB),
 )
-def test_gc_does_on_disk_what_its_dry_run_says(
-    bases: list[tuple[str, float, int | None]], max_size: int | None, minimum_age_s: float
-) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        source = Source()
-        policy = dataclasses.replace(
-            NEVER,
-            minimum_age_s=minimum_age_s,
-            max_size=None if max_size is None else max_size * MIB,
-        )
+
+
+class Stage:
+    """A scene, set up in a directory: this host's cache, and another host's on the same bases."""
+
+    def __init__(self, directory: Path, scene: Scene) -> None:
+        self._directory = directory
+        self._scene = scene
+        self._source = Source()
+        self.needed: set[str] = set()
         # A max_size would keep the cache from being filled in the first place.
-        kit = CacheKit(directory=Path(directory) / "i", source=source)
-        other = CacheKit(
-            directory=Path(directory) / "o", source=source, host_id="o", bases=kit.store.directory
-        )
+        kit = self._kit("this", NEVER)
+        other = self._kit("other", NEVER)
         contents = [random_bytes(1), random_bytes(1)]
-        needed = set()
-        for number, (user, age, same_as) in enumerate(bases):
+        for number, (user, age, same_as) in enumerate(scene.bases):
             data = random_bytes(1) if same_as is None else contents[same_as]
-            image = source.add(data, image_id=f"image-{number}")
-            made = kit.fetch(image)
+            made = kit.fetch(self._source.add(data, image_id=f"image-{number}"))
             match user:
-                case "job":
-                    kit.usage.pin(made.name, "job-1")
                 case "instance":
                     kit.add_instance(made, name=f"web-{number}")
                 case "pin":
                     kit.usage.pins.put(made.name, seconds=3600)
+                case "unreadable pin":
+                    (kit.store.directory / ".pins" / f"{made.name}.json").write_bytes(b"{")
                 case "expired pin":
                     kit.usage.pins.put(made.name, seconds=-1)
                 case "other host":
                     other.usage.pin(made.name, "job-2")
                 case _:
                     pass
-            if user not in ("nobody", "expired pin"):
-                needed.add(made.name)
+            if user in _NEEDED_BY:
+                self.needed.add(made.name)
             manifest_time_back(kit, made.name, age)
-        kit = CacheKit(directory=Path(directory) / "i", source=source, policy=policy)
-        for number, (user, _, _) in enumerate(bases):
+        self._leave_leftovers(kit)
+        self.kit = self._kit("this", self._policy())
+        for number, (user, _, _) in enumerate(scene.bases):
             if user == "job":
-                kit.usage.pin(kit.store.get(f"image-{number}").name, "job-1")
-        before = {entry.name for entry in kit.store.entries()}
-        other.usage.settle()
+                self.kit.usage.pin(self.kit.store.get(f"image-{number}").name, "job-1")
+
+    def _kit(self, host_id: str, policy: Policy) -> CacheKit:
+        return CacheKit(
+            directory=self._directory / host_id,
+            source=self._source,
+            host_id=host_id,
+            bases=self._directory / "bases",
+            policy=policy,
+        )
+
+    def _policy(self) -> Policy:
+        return dataclasses.replace(
+            NEVER,
+            remove_unused=self._scene.remove_unused,
+            minimum_age_s=self._scene.minimum_age_s,
+            max_size=self._scene.max_size,
+        )
+
+    def _leave_leftovers(self, kit: CacheKit) -> None:
+        """Let lie what is no base: it takes space, and is none of gc's business."""
+        if self._scene.partial:
+            unfinished = kit.store.partial_of(self._source.add(b"", image_id="unfinished"))
+            unfinished.directory.mkdir()
+            (unfinished.directory / "data").write_bytes(random_bytes(1))
+        if self._scene.quarantined:
+            damaged = kit.fetch(self._source.add(random_bytes(1), image_id="damaged"))
+            damaged.path.write_bytes(random_bytes(1))
+            kit.verifier.verify("damaged", Cancellation())
+        if self._scene.broken == "instance":
+            lost = self._directory / "this/fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
+            lost.mkdir()
+            (lost / "instance.json").write_bytes(b"{")
+        if self._scene.broken == "host":
+            (kit.store.directory / ".hosts/third.json").write_bytes(b"{")
+
+    def files(self) -> set[Path]:
+        """All there is, but what pins and locks leave."""
+        return {
+            path
+            for path in self._directory.rglob("*")
+            if path.is_file() and path.parent.name not in (".pins", ".locks")
+        }
+
+
+@settings(max_examples=30, deadline=None)
+@given(scene=_SCENES)
+def test_gc_does_on_disk_what_its_dry_run_says_and_takes_nothing_in_use(scene: Scene) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        stage = Stage(Path(directory), scene)
+        kit = stage.kit
+        before = stage.files()
+        names = {entry.name for entry in kit.store.entries()}
 
         planned = kit.pruner.gc(dry_run=True)
-        assert {entry.name for entry in kit.store.entries()} == before
+        why = [kit.pruner.why(decision.image_id) for decision in planned.decisions]
+        assert stage.files() == before
         done = kit.pruner.gc(dry_run=False)
 
-        assert done.decisions == planned.decisions
+        assert [told(d) for d in done.decisions] == [told(d) for d in planned.decisions]
+        assert [told(d) for d in why] == [told(d) for d in planned.decisions]
+        assert {d.base_name for d in done.decisions} == names
         gone = {d.base_name for d in planned.decisions if d.remove}
-        assert {entry.name for entry in kit.store.entries()} == before - gone
-        assert gone.isdisjoint(needed)
-        for name in needed:
-            assert kit.store.path_of(name).exists()
+        if scene.broken or not scene.remove_unused:
+            assert gone == set()
+        assert gone.isdisjoint(stage.needed)
+        of_gone = {kit.store.path_of(name) for name in gone}
+        of_gone |= {manifests.manifest_path(path) for path in of_gone}
+        assert stage.files() == before - of_gone
+        assert not any(d.remove for d in kit.pruner.gc(dry_run=False).decisions)
+
+        # Nor does anything in use make room, nor anything at all if it would not be enough.
+        left, allocated = stage.files(), kit.store.allocated()
+        kit.pruner.make_room(scene.room)
+        assert all(kit.store.path_of(name).exists() for name in stage.needed)
+        freed = allocated - kit.store.allocated()
+        assert freed >= scene.room or stage.files() == left
+
+
+def told(decision: Decision) -> Decision:
+    """A decision without the seconds it speaks of."""
+    return decision.model_copy(update={"detail": ""}) if not decision.remove else decision
 
 
 def manifest_time_back(kit: CacheKit, name: str, age: float) -> None:
