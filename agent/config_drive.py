@@ -23,6 +23,7 @@ import yaml
 from agent import process
 from agent.backends import Write
 from agent.cancellation import Cancellation
+from agent.confinement import Confinement
 from agent.errors import BackendError
 from agent.job import ConfigDriveFormat, Datasource, Network
 
@@ -36,6 +37,7 @@ _ISO_PADDING: Final = 150 * 2048
 # Nova's size. User data has at most 64 KiB; FAT32 would need more than this.
 _VFAT_SIZE: Final = 64 << 20
 _VFAT_LIMIT_S: Final = 60.0
+_VFAT_LIMITS: Final = process.Limits(cpu_s=60, address_space=1 << 30, file_size=_VFAT_SIZE)
 
 
 class ConfigDrive:
@@ -173,7 +175,12 @@ class ConfigDrive:
             for argv in commands:
                 try:
                     process.run(
-                        argv, timeout_s=_VFAT_LIMIT_S, cancellation=cancellation, pass_fds=(fd,)
+                        argv,
+                        timeout_s=_VFAT_LIMIT_S,
+                        cancellation=cancellation,
+                        pass_fds=(fd,),
+                        limits=_VFAT_LIMITS,
+                        confinement=Confinement(readable=(Path(name),), writable=(Path(image),)),
                     )
                 except process.ProgramFailed as e:
                     raise BackendError(f"making the config drive: {e}") from e

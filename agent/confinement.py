@@ -46,8 +46,11 @@ _CREATE_RULESET_VERSION = 1
 _RULE_PATH_BENEATH = 1
 _RULESET = struct.Struct("=QQQ")  # files, TCP ports, scopes
 _PATH_BENEATH = struct.Struct("=Qi")
-_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = (1 << bit for bit in range(4))
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _, _REMOVE_FILE, _, _MAKE_DIR, _MAKE_FILE = (
+    1 << bit for bit in range(9)
+)
 _TRUNCATE = 1 << 14
+_IOCTL_DEV = 1 << 15
 # How many kinds of access to files an ABI knows, from ABI 1 on.
 _FILE_RIGHTS = (13, 14, 15, 15, 16)
 _TCP_SINCE, _TCP = 4, 0b11  # bind, connect
@@ -69,7 +72,12 @@ class Confinement:
 
     readable: tuple[Path, ...] = ()
     writable: tuple[Path, ...] = ()
-    """Files; they may be read, written and cut, but neither made nor removed."""
+    """Files and block devices; they may be read, written and cut, but neither made nor removed.
+
+    `/proc/self/fd/N` is the file behind a descriptor.
+    """
+    workplaces: tuple[Path, ...] = ()
+    """Directories in which files may also be made and removed."""
 
 
 def confined(start: Callable[[], T], confinement: Confinement, program: Path) -> T:
@@ -139,7 +147,7 @@ def _ruleset(confinement: Confinement, program: Path, abi: int) -> int:
         _libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0),
         "landlock_create_ruleset",
     )
-    read_and_write = (_READ_FILE | _WRITE_FILE | _TRUNCATE) & handled
+    read_and_write = (_READ_FILE | _WRITE_FILE | _TRUNCATE | _IOCTL_DEV) & handled
     try:
         for path in (*_SYSTEM, program):
             _allow(ruleset, path, _READ_FILE | _READ_DIR | _EXECUTE)
@@ -147,6 +155,9 @@ def _ruleset(confinement: Confinement, program: Path, abi: int) -> int:
             _allow(ruleset, path, _READ_FILE | _READ_DIR)
         for path in (_NULL, *confinement.writable):
             _allow(ruleset, path, read_and_write)
+        inside = _READ_DIR | _MAKE_DIR | _MAKE_FILE | _REMOVE_FILE
+        for path in confinement.workplaces:
+            _allow(ruleset, path, read_and_write | inside)
     except BaseException:
         os.close(ruleset)
         raise
@@ -156,8 +167,11 @@ def _ruleset(confinement: Confinement, program: Path, abi: int) -> int:
 def _allow(ruleset: int, path: Path, access: int) -> None:
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISDIR(mode):
             access &= ~_READ_DIR
+        if not stat.S_ISBLK(mode):
+            access &= ~_IOCTL_DEV  # whoever formats a disk asks it for its size
         rule = _PATH_BENEATH.pack(access, fd)
         _check(_libc.syscall(_ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0), f"a rule for {path}")
     finally:

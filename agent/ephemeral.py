@@ -5,6 +5,7 @@ ever copied, for two guests with one file system UUID confuse each other's
 hosts. The programs only ever see a file that no guest has written to.
 """
 
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,18 @@ from typing import Final, assert_never
 from agent import process
 from agent.backends import Write
 from agent.cancellation import Cancellation
+from agent.confinement import Confinement
 from agent.errors import BackendError, InsufficientFreeSpace
 from agent.job import GuestFormat
 
 # mkfs of a sparse file takes 0.1 s at any size; this is for a disk that hangs.
 _MKFS_LIMIT_S: Final = 300.0
+
+# Measured: 64 MiB are enough for a disk of 15 TiB, whatever the format.
+_ADDRESS_SPACE: Final = 256 << 20
+_CPU_S: Final = 60
+# Debian's defaults for file systems, and what XFS seeds its identities with.
+_READABLE: Final = tuple(Path(name) for name in ("/etc/mke2fs.conf", "/dev/urandom"))
 
 _SWAP_LABEL: Final = "swap"
 
@@ -77,11 +85,26 @@ def _formatting(
 ) -> Write:
     def write(fd: int) -> None:
         # By its descriptor: the name it has until it is whole is no business of theirs.
-        argv = command(Path(f"/proc/self/fd/{fd}"))
+        target = Path(f"/proc/self/fd/{fd}")
+        argv = command(target)
         if argv is None:
             return
         try:
-            process.run(argv, timeout_s=_MKFS_LIMIT_S, cancellation=cancellation, pass_fds=(fd,))
+            process.run(
+                argv,
+                timeout_s=_MKFS_LIMIT_S,
+                cancellation=cancellation,
+                pass_fds=(fd,),
+                limits=process.Limits(
+                    cpu_s=_CPU_S,
+                    address_space=_ADDRESS_SPACE,
+                    file_size=os.fstat(fd).st_size or None,
+                ),
+                confinement=Confinement(
+                    readable=tuple(path for path in _READABLE if path.exists()),
+                    writable=(target,),
+                ),
+            )
         except process.ProgramFailed as e:
             if "No space left on device" in e.stderr:
                 raise InsufficientFreeSpace(

@@ -182,7 +182,7 @@ class _Parts:
             image_cache=self.image_cache,
             backends=Backends(
                 {
-                    ImagesType.QCOW2: Qcow2(preallocate=settings.preallocate),
+                    ImagesType.QCOW2: Qcow2(qemu_img, preallocate=settings.preallocate),
                     ImagesType.RAW: Flat(preallocate=settings.preallocate),
                     ImagesType.PLOOP: Ploop(qemu_img),
                 }

@@ -59,7 +59,10 @@ class PloopSite(FileSite):
         disk.path.parent.symlink_to(self.bases)
 
 
-@pytest.fixture(params=[Flat, Qcow2, lambda: Ploop(QemuImg())], ids=["flat", "qcow2", "ploop"])
+@pytest.fixture(
+    params=[Flat, lambda: Qcow2(QemuImg()), lambda: Ploop(QemuImg())],
+    ids=["flat", "qcow2", "ploop"],
+)
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> FileSite:
     home = Home(
         uuid="0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1",
@@ -227,11 +230,13 @@ def test_ploop_disk_has_whole_mib(ploop: FileSite) -> None:
     assert info(disk)["virtual-size"] == 9 * MIB
 
 
-@pytest.mark.parametrize("kind", [Flat, Qcow2])
+@pytest.mark.parametrize(
+    "backend", [Flat(preallocate=True), Qcow2(QemuImg(), preallocate=True)], ids=["flat", "qcow2"]
+)
 def test_preallocated_disk_has_all_its_space_and_reads_the_same(
-    kind: type[Flat] | type[Qcow2], flat: FileSite
+    backend: Backend, flat: FileSite
 ) -> None:
-    site = dataclasses.replace(flat, backend=kind(preallocate=True))
+    site = dataclasses.replace(flat, backend=backend)
     content = base(site)
     disk = prepared(site, content)
     assert disk.path.stat().st_blocks * 512 >= 8 * MIB

@@ -24,6 +24,7 @@ from agent.instances import Instances
 from agent.job import ConfigDriveFormat, GuestFormat, ImagesType, parse
 from agent.journal import Journal, digest_of
 from agent.layout import Formats
+from agent.qemu_img import QemuImg
 from agent.recorder import Recorder
 from agent.removal import remove_instance
 from agent.report import JobReport, Status
@@ -43,7 +44,7 @@ class Site:
         self.hypervisor = Hypervisor("test:///default", virt_type="test")
         self.host = Host(
             image_cache=self.kit.cache,
-            backends=Backends({ImagesType.QCOW2: Qcow2(), ImagesType.RAW: Flat()}),
+            backends=Backends({ImagesType.QCOW2: Qcow2(QemuImg()), ImagesType.RAW: Flat()}),
             instances=self.kit.instances,
             hypervisor=self.hypervisor,
             touch=self.touched,

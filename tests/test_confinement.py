@@ -1,11 +1,13 @@
 """What a confined program cannot do, tried with real programs as one and the same user."""
 
+import ast
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from agent import confinement, process
 from agent.cancellation import Cancellation
 from agent.confinement import Confinement
-from agent.errors import ImageUnacceptable
+from agent.errors import BackendError, ImageUnacceptable
 from agent.process import ProgramFailed
 from agent.qemu_img import QemuImg
 
@@ -169,6 +171,64 @@ def test_qemu_img_cannot_follow_a_reference(tmp_path: Path, reference: str) -> N
     # It would have followed it without.
     subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, base], check=True)
     assert base.stat().st_size == MIB
+
+
+@needs_qemu
+def test_growing_an_overlay_reaches_its_base_and_nothing_else(tmp_path: Path) -> None:
+    base, overlay = tmp_path / "base", tmp_path / "overlay"
+    base.write_bytes(bytes(MIB))
+    qcow2(overlay, "-b", base, "-F", "raw")
+    with pytest.raises(BackendError, match=r"base.*Permission denied"):
+        QemuImg().grow(overlay, "qcow2", 4 * MIB, backing=())
+    QemuImg().grow(overlay, "qcow2", 4 * MIB, backing=(base,))
+    assert QemuImg().info(overlay, "qcow2")["virtual-size"] == 4 * MIB
+
+
+def test_in_a_workplace_files_are_made_and_removed_and_nowhere_else(tmp_path: Path) -> None:
+    workplace, other = tmp_path / "workplace", tmp_path / "other"
+    workplace.mkdir()
+    other.mkdir()
+    allowed = Confinement(workplaces=(workplace,))
+    shell(f"cd {workplace} && mkdir a && echo x > b && mv b c && echo y > d && rm d", allowed)
+    assert sorted(path.name for path in workplace.iterdir()) == ["a", "c"]
+    for script in (f"echo x > {other}/x", f"mv {workplace}/c {other}/c", f"ls {other}"):
+        with pytest.raises(ProgramFailed, match=r"(?i)permission denied|cross-device"):
+            shell(script, allowed)
+
+
+# Programs that open nothing of an image or a disk.
+HARMLESS = {
+    ("ionice", "-c"): "our own thread",
+    ("systemctl", "show"): "doctor",
+    ("qemu-img", "--version"): "doctor",
+}
+
+
+def calls() -> Iterator[tuple[str, ast.Call]]:
+    """Every place where the agent starts a program, and where it is."""
+    for path in sorted(Path(process.__file__).parent.rglob("*.py")):
+        if path.name == "process.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {
+                "process.run",
+                "subprocess.run",
+                "subprocess.Popen",
+                "os.system",
+            }:
+                yield f"{path.name}:{node.lineno}", node
+
+
+def test_whatever_opens_an_image_or_a_disk_is_confined_and_limited() -> None:
+    found = list(calls())
+    assert len(found) >= 8
+    for where, call in found:
+        words = call.args[0]
+        first = ast.unparse(words).strip("[(*)]").replace("'", "").split(", ")
+        if tuple(first[:2]) in HARMLESS:
+            continue
+        keywords = {keyword.arg for keyword in call.keywords}
+        assert keywords >= {"confinement", "limits", "timeout_s"}, f"{where}: {keywords}"
 
 
 _WITHOUT_LANDLOCK = """

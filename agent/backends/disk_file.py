@@ -12,6 +12,7 @@ from typing import Final
 
 from agent import process
 from agent.base import Base
+from agent.confinement import Confinement
 from agent.disk import Disk, Home
 from agent.errors import BackendError
 from agent.files import free_bytes, fsync_directory, no_space
@@ -101,6 +102,8 @@ def preallocate(disk: Disk) -> None:
         process.run(
             ["fallocate", "--keep-size", "--length", str(disk.virtual_size), disk.path],
             timeout_s=_FALLOCATE_LIMIT_S,
+            limits=process.Limits(cpu_s=int(_FALLOCATE_LIMIT_S), address_space=1 << 30),
+            confinement=Confinement(writable=(disk.path,)),
         )
     except process.ProgramFailed as e:
         if "not supported" in e.stderr:

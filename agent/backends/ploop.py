@@ -22,6 +22,7 @@ from agent.backends import Write, disk_file
 from agent.backends.flat import Flat
 from agent.base import Base
 from agent.cancellation import Cancellation
+from agent.confinement import Confinement
 from agent.disk import Disk, Home, RbdAccess
 from agent.errors import BackendError
 from agent.job import ImagesType
@@ -40,6 +41,11 @@ _HEADER: Final = struct.Struct("<16s20xI")
 _MAGIC: Final = b"WithoutFreeSpace"
 
 _LIMIT_S: Final = 60.0
+_LOCKS: Final = Path("/var/lock")  # where they keep each other off, in a directory they make
+_DEVICES: Final = Path("/sys/block")  # where they look whether a device has the image
+_LIMITS: Final = process.Limits(
+    cpu_s=60, address_space=1 << 30, file_size=_MAX_VIRTUAL_SIZE + (1 << 30)
+)
 # `ploop init` copies 4,077 bytes from where its last argument begins, whatever
 # its length, and what lies beyond the environment is not its to read.
 _PADDING: Final = {"PLOOP_PADDING": "0" * 8192}
@@ -74,7 +80,8 @@ class Ploop:
         with _reporting(f"making the ploop image {disk.path}"), _appearing(disk) as directory:
             data = directory / _DATA
             size = f"{disk.virtual_size // _CLUSTER}M"
-            _ploop("init", "-s", size, "-v", "1", "-t", "none", data, cancellation=cancellation)
+            words = ("init", "-s", size, "-v", "1", "-t", "none", data)
+            _ploop(*words, directory=directory, cancellation=cancellation)
             data.chmod(0o640)
             self._qemu_img.fill(
                 base.path, data, "parallels", cancellation, virtual_size=disk.virtual_size
@@ -90,9 +97,11 @@ class Ploop:
             disk_file.check_grows(found, virtual_size)
             size = _rounded(virtual_size)
             # QEMU leaves a hole in the last cluster it took, which they do not like.
-            _ploop("check", "--repair-sparse", disk.path)
-            _ploop("grow", "-s", f"{size // _CLUSTER}M", disk.path.with_name(_DESCRIPTOR))
-            _sync(disk.path.parent)
+            directory = disk.path.parent
+            _ploop("check", "--repair-sparse", disk.path, directory=directory)
+            descriptor = directory / _DESCRIPTOR
+            _ploop("grow", "-s", f"{size // _CLUSTER}M", descriptor, directory=directory)
+            _sync(directory)
         return dataclasses.replace(disk, virtual_size=size)
 
     def remove(self, disk: Disk, home: Home) -> None:
@@ -165,12 +174,15 @@ def _virtual_size(data: Path) -> int:
     return int(sectors) * 512
 
 
-def _ploop(*words: str | Path, cancellation: Cancellation | None = None) -> None:
+def _ploop(*words: str | Path, directory: Path, cancellation: Cancellation | None = None) -> None:
+    """Run a tool of ploop on the image in `directory`."""
     process.run(
         ["ploop", *words],
         timeout_s=_LIMIT_S,
         cancellation=cancellation,
         environment=_PADDING,
+        limits=_LIMITS,
+        confinement=Confinement(readable=(_DEVICES,), workplaces=(directory, _LOCKS)),
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from agent import process, qcow2
+from agent import qcow2
 from agent.backends import Write, disk_file
 from agent.backends.flat import Flat
 from agent.base import Base
@@ -10,10 +10,8 @@ from agent.cancellation import Cancellation
 from agent.disk import Disk, Home, Link, RbdAccess
 from agent.errors import BackendError
 from agent.job import ImagesType
+from agent.qemu_img import QemuImg
 from agent.report import Role
-
-# An empty L1 table is all that grows, so this is for a disk that hangs.
-_RESIZE_LIMIT_S = 300.0
 
 
 class Qcow2:
@@ -22,8 +20,9 @@ class Qcow2:
     A disk that stands on no base is a flat one: as qcow2 it would share nothing.
     """
 
-    def __init__(self, *, preallocate: bool = False) -> None:
+    def __init__(self, qemu_img: QemuImg, *, preallocate: bool = False) -> None:
         """`preallocate`: take the space of a whole disk when it is made."""
+        self._qemu_img = qemu_img
         self._preallocate = preallocate
         self._flat = Flat(preallocate=preallocate)
 
@@ -62,12 +61,10 @@ class Qcow2:
 
     def grow(self, disk: Disk, virtual_size: int) -> Disk:
         disk_file.check_grows(disk, virtual_size)
+        backing = [link.path for link in disk.backing_chain]
         try:
-            process.run(
-                ["qemu-img", "resize", "-q", "-f", "qcow2", "--", disk.path, str(virtual_size)],
-                timeout_s=_RESIZE_LIMIT_S,
-            )
-        except process.ProgramFailed as e:
+            self._qemu_img.grow(disk.path, "qcow2", virtual_size, backing=backing)
+        except OSError as e:
             raise BackendError(f"growing {disk.path} to {virtual_size} bytes: {e}") from e
         return dataclasses.replace(disk, virtual_size=virtual_size)
 
