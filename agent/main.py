@@ -72,8 +72,8 @@ def run(settings: Settings, reload: Callable[[], None]) -> int:
         PrivilegesNotDropped: the process has powers it must not have.
         ListenError, JournalUnusable, OSError: it cannot serve or write where it should.
     """
-    # First of all: the helper is a fork, and the agent goes on without a power.
-    privileges.start_helper()
+    # First of all: a helper is a fork, and the agent goes on without a power.
+    privileges.start_helpers(_helpers(settings))
     wishes = _listen_for_wishes()
     parts = _Parts(settings)
     try:
@@ -113,7 +113,7 @@ def _attend(parts: "_Parts", wishes: "queue.SimpleQueue[Wish]", reload: Callable
                     LOG.info("stopping: no new jobs; what is running goes on after the next start")
                     return 0
                 case Wish.HELPER_GONE:
-                    LOG.error("the privileged helper has ended, so the agent does; start it again")
+                    LOG.error("a privileged helper has ended, so the agent does; start it again")
                     return 1
                 case Wish.RELOAD:
                     reload()
@@ -218,7 +218,7 @@ class _Parts:
             source=source,
             instances=self.instances,
             hypervisor=hypervisor,
-            helper_alive=privileges.helper_alive,
+            helper_alive=privileges.helpers_alive,
         )
         self._listeners: list[Listener | MetricsListener] = [
             Listener(create_app(self.agent), settings.api.socket, group=settings.api.socket_group)

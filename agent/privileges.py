@@ -1,7 +1,7 @@
-"""The agent's side of the privilege boundary: start the helper, keep nothing.
+"""The agent's side of the privilege boundary: start the helpers, keep nothing.
 
-The agent is started with the capabilities its helper needs and with no other
-(``AmbientCapabilities=`` in the unit). `start_helper` passes them on by fork
+The agent is started with the capabilities its helpers need and with no other
+(``AmbientCapabilities=`` in the unit). `start_helpers` passes them on by fork
 and gives them up, in every thread, before the agent does anything else; then
 it reads back from the kernel that they are gone.
 
@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -22,7 +22,7 @@ from oslo_privsep import capabilities
 from oslo_privsep.daemon import FailedToDropPrivileges
 from oslo_privsep.priv_context import Method
 
-from privsep import base_owner
+from privsep import HelperContext, base_owner
 
 LOG = logging.getLogger(__name__)
 
@@ -44,69 +44,85 @@ class HelperNotStarted(RuntimeError):
     """There is no helper, so the agent cannot start."""
 
 
-def start_helper() -> None:
-    """Start the helper, drop all privileges of the agent and prove it.
+_started: Final[list[HelperContext]] = []
+
+
+def start_helpers(contexts: Sequence[HelperContext] = (base_owner,)) -> None:
+    """Start one helper for each context, drop all privileges of the agent and prove it.
 
     Belongs at the very start of the agent: after the configuration was read
-    (the helper inherits it) and before the first thread (the helper is a
-    fork, and a thread started earlier would keep the capabilities).
+    (the helpers inherit it) and before the first thread (a helper is a fork,
+    and a thread started earlier would keep the capabilities).
 
-    With ``helper_command`` in [privsep_base_owner] that command starts the
+    With ``helper_command`` in a context's section that command starts the
     helper, and starts it again should it die. Without it, and without the
-    capabilities, the helper runs and can do no more than the agent itself.
+    capability, the helper of `base_owner` runs and can do no more than the
+    agent itself; any other is no use then.
 
     Raises:
         PrivilegesNotDropped: the process is root, or some thread still holds
             a capability.
-        HelperNotStarted: it ended at its start, or its command failed.
-        ValueError: the section is wrong.
+        HelperNotStarted: it ended at its start, or its command failed, or
+            there are no capabilities for it.
+        ValueError: a section is wrong.
     """
     refuse_root()
-    # It reports its start in four lines and, at debug, every reply; oslo.log
+    # They report their start in four lines and, at debug, every reply; oslo.log
     # writes the names of some of its loggers with a dot.
     for name in ("oslo_privsep", "oslo.privsep"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # All of the section is read here. What is wrong with it would otherwise
+    # All of the sections is read here. What is wrong with one would otherwise
     # end the helper at its start, and oslo.privsep would wait for it for ever.
-    section = dict(base_owner.conf)
-    if section["helper_command"]:
-        drop_all()
-        with _start_reported():
-            base_owner.start(Method.ROOTWRAP)
-    elif (section["user"], section["group"]) != (None, None):
-        raise ValueError(
-            f"[{base_owner.cfg_section}] user and group are for a helper that helper_command "
-            "starts: set helper_command as well, or remove them"
-        )
-    else:
-        with _start_reported():
-            _fork_helper()
-        drop_all()
+    sections = {context: dict(context.conf) for context in contexts}
+    commanded = [context for context in contexts if sections[context]["helper_command"]]
+    forked = [context for context in contexts if context not in commanded]
+    for context in forked:
+        if (sections[context]["user"], sections[context]["group"]) != (None, None):
+            raise ValueError(
+                f"[{context.cfg_section}] user and group are for a helper that helper_command "
+                "starts: set helper_command as well, or remove them"
+            )
+        _lower_expectations(context)
+    os.register_at_fork(after_in_parent=drop_all)
+    for context in forked:
+        with _start_reported(context):
+            _fork_helper(context)
+    drop_all()
+    for context in commanded:
+        with _start_reported(context):
+            context.start(Method.ROOTWRAP)
+    _started.extend(contexts)
     verify()
 
 
-def helper_alive() -> bool:
-    """Whether the helper was started and its end has not been noticed."""
-    return base_owner.channel is not None and bool(base_owner.channel.running)
+def helpers_alive() -> bool:
+    """Whether all helpers were started and no end of one has been noticed."""
+    return bool(_started) and all(
+        context.channel is not None and bool(context.channel.running) for context in _started
+    )
 
 
 def on_helper_exit(callback: Callable[[], None]) -> None:
-    """Call `callback` once, in a thread of its own, when the forked helper is gone.
+    """Call `callback`, in a thread of its own, when a forked helper is gone.
 
     A forked helper cannot be started again, since the agent has nothing left
-    to give it: the agent should end and let systemd start both. A helper
+    to give it: the agent should end and let systemd start all. A helper
     started by ``helper_command`` comes back with the next call; it is not
     watched.
     """
-    channel = base_owner.channel
-    if channel is None or base_owner.conf.helper_command:
-        return
+    for context in _started:
+        if context.channel is not None and not context.conf.helper_command:
+            threading.Thread(
+                target=_watch,
+                args=(context.channel.reader_thread, callback),
+                name=f"{context.cfg_section}-watch",
+                daemon=True,
+            ).start()
 
-    def watch() -> None:
-        channel.reader_thread.join()  # it ends at the end of file from the helper
-        callback()
 
-    threading.Thread(target=watch, name="helper-watch", daemon=True).start()
+def _watch(reader: threading.Thread, callback: Callable[[], None]) -> None:
+    reader.join()  # it ends at the end of file from the helper
+    callback()
 
 
 def refuse_root() -> None:
@@ -160,51 +176,65 @@ def _names(bits: Iterable[int]) -> list[str]:
     return [capabilities.CAPS_BYVALUE.get(bit, f"capability {bit}") for bit in sorted(bits)]
 
 
-def _fork_helper() -> None:
-    """Start the helper by fork and leave this thread, the only one, without capabilities."""
-    _lower_expectations()
+def _fork_helper(context: HelperContext) -> None:
+    """Start a helper by fork; what this starts in the agent has no capability."""
     # oslo.privsep starts a thread that reads from the helper before start()
-    # returns. The hook runs before that, so the thread inherits nothing.
-    os.register_at_fork(after_in_parent=drop_all)
+    # returns, and it inherits what the thread has that starts it. So each fork is
+    # made by a thread that has dropped all, in the hook, when it goes on; the
+    # main thread keeps what the next helper needs.
     agent = os.getpid()
-    try:
-        with _deaf_to_process_group():
-            base_owner.start(Method.FORK)
-    except BaseException:
-        if os.getpid() != agent:
-            # This is the helper, and above it on the stack stands the agent's
-            # main(): it must not return there and be a second agent.
-            LOG.exception("the privileged helper could not start")
-            os._exit(_EX_OSERR)
-        raise
+    failures: list[BaseException] = []
+
+    def fork() -> None:
+        try:
+            context.start(Method.FORK)
+        except BaseException as e:
+            if os.getpid() != agent:
+                # This is the helper: it must not go on and be a second agent.
+                LOG.exception("the privileged helper could not start")
+                os._exit(_EX_OSERR)
+            failures.append(e)
+
+    with _deaf_to_process_group():
+        thread = threading.Thread(target=fork, name="fork")
+        thread.start()
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 @contextmanager
-def _start_reported() -> Iterator[None]:
+def _start_reported(context: HelperContext) -> Iterator[None]:
     """Turn what a helper that does not start leads to into one sentence."""
     try:
         yield
     except (FailedToDropPrivileges, OSError) as e:
         raise HelperNotStarted(
             f"the privileged helper did not start ({e}): see the log above, and helper_command in "
-            f"[{base_owner.cfg_section}] if it is set"
+            f"[{context.cfg_section}] if it is set"
         ) from e
 
 
-def _lower_expectations() -> None:
-    """Let the helper ask for no capability that this process cannot give; warn what it lacks."""
+def _lower_expectations(context: HelperContext) -> None:
+    """Let a helper ask for no capability that this process cannot give; say what it lacks."""
     permitted = set(capabilities.get_caps()[1])
-    wanted = set(base_owner.conf.capabilities)
-    if missing := wanted - permitted:
-        LOG.warning(
-            "started without %s: last use of bases that libvirt has taken over will not be "
-            "recorded, and such bases are kept longer than needed; start the agent through its "
-            "systemd unit",
-            ", ".join(_names(missing)),
+    wanted = set(context.conf.capabilities)
+    missing = _names(wanted - permitted)
+    if not missing:
+        return
+    if context is not base_owner:
+        raise HelperNotStarted(
+            f"started without {', '.join(missing)}, which [{context.cfg_section}] needs: "
+            f"images_volume_group is set in [libvirt], so let the unit give them "
+            f"(docs/operations.md, LVM), or unset it"
         )
-        cfg.CONF.set_override(
-            "capabilities", sorted(wanted & permitted), group=base_owner.cfg_section
-        )
+    LOG.warning(
+        "started without %s: last use of bases that libvirt has taken over will not be "
+        "recorded, and such bases are kept longer than needed; start the agent through its "
+        "systemd unit",
+        ", ".join(missing),
+    )
+    cfg.CONF.set_override("capabilities", sorted(wanted & permitted), group=context.cfg_section)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Final
 
 from oslo_config import cfg
 
-from privsep import entrypoint
+from privsep import base_owner
 
 _BASE_NAME: Final = re.compile("[0-9a-f]{40}")
 
@@ -22,7 +22,7 @@ _BASE_NAME: Final = re.compile("[0-9a-f]{40}")
 _OPEN_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-@entrypoint
+@base_owner.entrypoint
 def touch(name: str) -> None:
     """Set access and modification time of base `name` to now.
 

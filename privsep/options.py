@@ -26,8 +26,44 @@ SUBDIRECTORY_NAME = cfg.StrOpt(
     "them. Read once, at start.",
 )
 
+# What lvm(8) takes for a name, but for those that would look like an option or a place.
+_LVM_NAME = r"^(?!\.{1,2}$)[A-Za-z0-9_.+][A-Za-z0-9_.+-]*$"
+
+VOLUME_GROUP = cfg.StrOpt(
+    "images_volume_group",
+    regex=_LVM_NAME,
+    help="Name of the LVM volume group for disks of images_type lvm; there are none if it is not "
+    "set. Other volumes may be in it. Read once, at start.",
+)
+
+THIN_POOL = cfg.StrOpt(
+    "images_thin_pool",
+    regex=_LVM_NAME,
+    help="Name of a thin pool in images_volume_group, which zeroes its blocks. Disks are made in "
+    "it, as snapshots of their base, and take space when the guest writes. If not set every disk "
+    "is a full copy and takes all its space at once. Read once, at start.",
+)
+
+CIPHER = cfg.StrOpt(
+    "cipher",
+    default="aes-xts-plain64",
+    regex=r"^[a-z0-9]+(-[a-z0-9:()]+)+$",
+    help="Cipher and mode of encrypted disks, as cryptsetup(8) writes them. Read once, at start.",
+)
+
+KEY_SIZE = cfg.IntOpt(
+    "key_size",
+    default=512,
+    min=128,
+    max=512,
+    help="Bits of the key of an instance; half of them are the cipher's in XTS mode. Read once, "
+    "at start.",
+)
+
 
 def register(conf: cfg.ConfigOpts) -> None:
-    """Make both options known to `conf`; doing it twice does no harm."""
+    """Make all of them known to `conf`; doing it twice does no harm."""
     conf.register_opt(INSTANCES_PATH)
     conf.register_opt(SUBDIRECTORY_NAME, group="image_cache")
+    conf.register_opts([VOLUME_GROUP, THIN_POOL], group="libvirt")
+    conf.register_opts([CIPHER, KEY_SIZE], group="ephemeral_storage_encryption")

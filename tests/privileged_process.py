@@ -48,7 +48,7 @@ def refusal(name: object) -> str:
 
 def touch(*names: str) -> dict[str, object]:
     """Start as the agent does; touch each of `names` and all that must be refused."""
-    privileges.start_helper()
+    privileges.start_helpers()
     started = threading.Event()
     thread = threading.Thread(target=started.wait, name="late")
     thread.start()
@@ -73,7 +73,7 @@ def touch(*names: str) -> dict[str, object]:
 
 def die() -> dict[str, object]:
     """Kill the helper; see that it is noticed and that nothing else is started instead."""
-    privileges.start_helper()
+    privileges.start_helpers()
     gone = threading.Event()
     privileges.on_helper_exit(gone.set)
     early = gone.is_set()
@@ -90,7 +90,7 @@ def die() -> dict[str, object]:
 
 def interrupted() -> dict[str, object]:
     """Send the helper what a terminal sends to the whole process group."""
-    privileges.start_helper()
+    privileges.start_helpers()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(helper(), number)
     return {"after": refusal(FOREIGN), "blocked_here": list(signal.pthread_sigmask(0, []))}
@@ -101,7 +101,7 @@ def early_thread() -> dict[str, object]:
     started = threading.Event()
     threading.Thread(target=started.wait, name="early", daemon=True).start()
     try:
-        privileges.start_helper()
+        privileges.start_helpers()
     except privileges.PrivilegesNotDropped as error:
         return {"error": str(error)}
     return {"error": ""}
@@ -110,7 +110,7 @@ def early_thread() -> dict[str, object]:
 def start() -> dict[str, object]:
     """Just start, or say what the configuration lacks."""
     try:
-        privileges.start_helper()
+        privileges.start_helpers()
     except (ValueError, privileges.HelperNotStarted) as error:
         return {"error": str(error)}
     return {"error": "", "touched": refusal(FOREIGN) == "", "holdings": holdings()}

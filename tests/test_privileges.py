@@ -171,7 +171,7 @@ def test_agent_refuses_to_be_root() -> None:
         privileges.refuse_root()
         return
     with pytest.raises(privileges.PrivilegesNotDropped, match="systemctl start bootwright"):
-        privileges.start_helper()
+        privileges.start_helpers()
 
 
 def test_capabilities_are_read_from_all_sets_but_the_bounding_one() -> None:

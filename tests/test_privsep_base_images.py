@@ -24,8 +24,26 @@ from privsep import base_images
 NAME = "0d5e6b61602d758984b3bf038267614d6016eb2a"
 
 # The whole elevated surface. Whoever lets it grow writes it down here first.
-CONTEXTS = {"privsep.base_owner": ["CAP_FOWNER"]}
-ENTRYPOINTS = {"privsep.base_images.touch": "privsep.base_owner"}
+CONTEXTS = {
+    "privsep.base_owner": ["CAP_FOWNER"],
+    # Only where images_volume_group is set in [libvirt].
+    "privsep.volumes": ["CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_SYS_ADMIN"],
+}
+ENTRYPOINTS = {
+    "privsep.base_images.touch": "privsep.base_owner",
+    "privsep.lvm.blank": "privsep.volumes",
+    "privsep.lvm.create": "privsep.volumes",
+    "privsep.lvm.finish": "privsep.volumes",
+    "privsep.lvm.grow": "privsep.volumes",
+    "privsep.lvm.lock": "privsep.volumes",
+    "privsep.lvm.remove": "privsep.volumes",
+    "privsep.lvm.retire": "privsep.volumes",
+    "privsep.lvm.settle": "privsep.volumes",
+    "privsep.lvm.snapshot": "privsep.volumes",
+    "privsep.lvm.survey": "privsep.volumes",
+    "privsep.lvm.unlock": "privsep.volumes",
+    "privsep.lvm.write": "privsep.volumes",
+}
 
 
 @pytest.fixture
