@@ -26,13 +26,16 @@ from agent.job import ConfigDriveFormat, GuestFormat, ImagesType
 from agent.options import list_opts
 from agent.settings import (
     ApiSettings,
+    EncryptionSettings,
     GlanceSettings,
     ImageCacheSettings,
     ImageSourceName,
     ImagesSettings,
+    KeyManager,
     LibvirtSettings,
     QemuImgSettings,
     Settings,
+    VolumeSettings,
 )
 
 __all__ = ["ConfigError", "Configuration", "Value", "list_opts", "sample"]
@@ -79,6 +82,7 @@ class Configuration:
             conf.register_opts(opts, group=_group(section))
         config_files.parse(conf, found)
         self._register_auth_plugin()
+        self._register_key_manager()
 
     def warnings(self) -> list[str]:
         """A sentence for each section or option nobody knows, with the nearest that is known."""
@@ -136,6 +140,8 @@ class Configuration:
                 cache_modes={DiskType(kind): mode for kind, mode in cache_modes.items()},
                 discard=conf.libvirt.hw_disk_discard,
             ),
+            volumes=self._volumes(),
+            encryption=self._encryption(),
             images=ImagesSettings(
                 source=source,
                 directory=Path(conf.images.directory),
@@ -223,6 +229,27 @@ class Configuration:
             stall_timeout_s=glance.stall_timeout,
         )
 
+    def _volumes(self) -> VolumeSettings | None:
+        libvirt = self._conf.libvirt
+        if libvirt.images_volume_group is None:
+            return None
+        return VolumeSettings(
+            group=libvirt.images_volume_group,
+            thin=libvirt.images_thin_pool is not None,
+            clear=libvirt.volume_clear,
+            clear_size=(libvirt.volume_clear_size << 20) or None,
+        )
+
+    def _encryption(self) -> EncryptionSettings | None:
+        encryption = self._conf.ephemeral_storage_encryption
+        if not encryption.enabled:
+            return None
+        return EncryptionSettings(
+            key_manager=KeyManager(encryption.key_manager),
+            key_directory=Path(encryption.key_directory),
+            key_size=encryption.key_size,
+        )
+
     def _metrics_listen(self) -> tuple[str, int] | None:
         listen = self._conf.api.metrics_listen
         if listen is None:
@@ -250,6 +277,24 @@ class Configuration:
             ) from e
         self._conf.register_opts(opts, group=section)
         self._known[section] = [*self._known[section], *opts]
+
+    def _register_key_manager(self) -> None:
+        """Make known what only castellan knows."""
+        encryption = self._conf.ephemeral_storage_encryption
+        try:
+            if not encryption.enabled or encryption.key_manager != KeyManager.BARBICAN:
+                return
+            found = options.key_manager()
+        except ValueError:
+            return  # `settings` says what is wrong with it
+        except ImportError as e:
+            raise ConfigError(
+                "[ephemeral_storage_encryption] key_manager = barbican needs castellan, which is "
+                "not installed: pip install 'bootwright[barbican]'"
+            ) from e
+        for section, opts in found.items():
+            self._conf.register_opts(opts, group=section)
+            self._known[section] = opts
 
     def _auth_section(self) -> str:
         return self._conf.glance.auth_section or "glance"
@@ -280,7 +325,7 @@ class Configuration:
                 problem = "there is no such group on this host"
             case ("api", "metrics_listen", str(listen)):
                 problem = _address_problem(listen)
-            case (options.PRIVSEP_SECTION, "user" | "group", str()):
+            case (_, "user" | "group", str()) if section in options.PRIVSEP_SECTIONS:
                 if not self._conf[section].helper_command:
                     problem = (
                         "is for a helper that helper_command starts: set helper_command as well, "
@@ -290,6 +335,28 @@ class Configuration:
                 problem = "this release does not verify signatures: only false is possible"
             case ("DEFAULT", "force_raw_images", False):
                 problem = "this release keeps every base as raw: only true is possible"
+            case _:
+                problem = self._volume_problem(section, opt, value)
+        return problem
+
+    def _volume_problem(self, section: str, opt: cfg.Opt, value: object) -> str | None:
+        libvirt = self._conf.libvirt
+        problem: str | None = None
+        match (section, opt.dest, value):
+            case ("libvirt", "images_type", "lvm"):
+                if libvirt.images_volume_group is None:
+                    problem = "needs images_volume_group"
+            case ("libvirt", "sparse_logical_volumes", True):
+                if libvirt.images_thin_pool is None:
+                    problem = "needs images_thin_pool: sparse volumes are those of a thin pool"
+            case ("libvirt", "images_thin_pool", str()):
+                if libvirt.images_volume_group is None:
+                    problem = "needs images_volume_group, in which it is"
+            case ("ephemeral_storage_encryption", "enabled", True):
+                if libvirt.images_type != "lvm":
+                    problem = "needs images_type = lvm in [libvirt]: no other kind is encrypted"
+            case ("ephemeral_storage_encryption", "key_size", int(bits)) if bits % 8:
+                problem = "must be a multiple of 8"
             case _:
                 pass
         return problem

@@ -77,6 +77,8 @@ class Disk:
     base_name: str | None = None
     """The base in the image cache it stands on or was copied from."""
     backing_chain: tuple[Link, ...] = ()
+    native_io: bool = False
+    """Whether QEMU had better ask the kernel for asynchronous input and output."""
 
     def report(self) -> DiskReport:
         """Return it in the words of the contract."""

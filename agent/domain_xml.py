@@ -29,6 +29,9 @@ _TEMPLATE_LIMIT: Final = 1 << 20
 # MAX_TAP_QUEUES of Linux.
 _MOST_QUEUES: Final = 256
 
+# With any other mode QEMU refuses io='native'.
+_PAST_THE_PAGE_CACHE: Final = ("none", "directsync")
+
 _TEMPLATE_HINT: Final = "correct libvirt.domain_xml of the job; try it with virt-xml-validate"
 
 
@@ -353,6 +356,8 @@ def _describe(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:
     driver.set("name", "qemu")
     driver.set("type", disk.format)
     _offer(driver, "cache", spec.cache_modes[disk.type])
+    if disk.native_io and driver.get("cache") in _PAST_THE_PAGE_CACHE:
+        _offer(driver, "io", "native")
     _offer(driver, "discard", spec.discard)
     _source(element, disk, spec)
     _backing_chain(element, disk)

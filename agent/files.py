@@ -303,7 +303,7 @@ def clone(source: int, target: int) -> bool:
 
 def _copy_data(source: int, target: int, size: int, cancellation: Cancellation) -> None:
     copy = _copy_in_kernel
-    for begin, end in _extents(source, size):
+    for begin, end in extents(source, size):
         position = begin
         while position < end:
             cancellation.check()
@@ -330,7 +330,7 @@ def _copy_through_memory(source: int, target: int, count: int, offset: int) -> i
     return len(data)
 
 
-def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+def extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """Yield begin and end of every stretch of data; file systems without holes give one."""
     end = 0
     while end < size:

@@ -43,16 +43,18 @@ class Housekeeping:
         source: ImageSource,
         *,
         touch: Callable[[str], object],
+        tidy: Callable[[Cancellation], None] | None = None,
         prune_interval_s: float | None,
     ) -> None:
-        """`touch` notes the last use of a base; bases are never pruned by themselves if
-        `prune_interval_s` is None."""
+        """`touch` notes the last use of a base, `tidy` is what else there is to do when bases have
+        gone. Bases are never pruned by themselves if `prune_interval_s` is None."""
         self._store = store
         self._usage = usage
         self._pruner = pruner
         self._journal = journal
         self._source = source
         self._touch = touch
+        self._tidy = tidy
         self._prune_interval_s = prune_interval_s
         self._cancellation = Cancellation()
         self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
@@ -72,6 +74,8 @@ class Housekeeping:
         prune_at = self._next_prune()
         try:
             while True:
+                # Also at the beginning: it may take longer than a start may.
+                _attempt(self._tidy_up)
                 self._cancellation.wait(max(0.0, min(sweep_at, prune_at) - time.monotonic()))
                 if time.monotonic() >= sweep_at:
                     self.sweep()
@@ -111,6 +115,10 @@ class Housekeeping:
     def _forget_jobs(self) -> None:
         self._journal.forget(older_than_s=JOB_AGE_S)
 
+    def _tidy_up(self) -> None:
+        if self._tidy is not None:
+            self._tidy(self._cancellation)
+
     def _prune(self) -> None:
         for name in self._usage.standing():
             self._touch(name)
@@ -120,6 +128,8 @@ class Housekeeping:
 def _attempt(chore: Callable[[], None]) -> None:
     try:
         chore()
+    except AgentStopping:
+        raise
     except (BootwrightError, OSError) as e:
         LOG.error("housekeeping was not finished and is tried again later: %s", e)
     except Exception:

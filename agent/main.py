@@ -10,19 +10,22 @@ from types import FrameType
 
 from agent import image_source, metrics, privileges, systemd
 from agent.api import create_app, create_metrics_app
-from agent.backends import Backends
+from agent.backends import Backend, Backends
 from agent.backends.flat import Flat
+from agent.backends.lvm import Clear, Lvm
 from agent.backends.ploop import Ploop
 from agent.backends.qcow2 import Qcow2
 from agent.cancellation import Cancellation
+from agent.castellan_keys import CastellanKeys
 from agent.disk import DiskType
-from agent.errors import AgentStopping
+from agent.errors import AgentStopping, BackendError
 from agent.files import supports_direct
 from agent.host import Defaults, Host
 from agent.housekeeping import Housekeeping
 from agent.hypervisor import Hypervisor
 from agent.image import Image
 from agent.image_cache import ImageCache
+from agent.instance_keys import FileKeys, InstanceKeys
 from agent.instances import Instances
 from agent.job import ImagesType
 from agent.journal import Journal
@@ -35,13 +38,14 @@ from agent.pruner import Pruner
 from agent.qemu_img import QemuImg
 from agent.scrub import Scrub
 from agent.service import Agent
-from agent.settings import ImageCacheSettings, Settings
+from agent.settings import EncryptionSettings, ImageCacheSettings, KeyManager, Settings
 from agent.space import Space
 from agent.store import Store
 from agent.transfer import RetryPolicy
 from agent.usage import Usage
 from agent.verification import Verifier
 from agent.worker import Worker
+from privsep import HelperContext, base_owner, volumes
 
 LOG = logging.getLogger(__name__)
 
@@ -166,6 +170,7 @@ class _Parts:
         )
         metrics.CACHE_BYTES.set_function(self.store.allocated)
         touch = LastUse().refresh
+        self.lvm = _lvm(settings)
         self.housekeeping = Housekeeping(
             self.store,
             self.usage,
@@ -173,6 +178,7 @@ class _Parts:
             self.journal,
             source,
             touch=touch,
+            tidy=None if self.lvm is None else self.lvm.tidy,
             prune_interval_s=cache.prune_interval_s,
         )
         hypervisor = Hypervisor(
@@ -180,13 +186,7 @@ class _Parts:
         )
         host = Host(
             image_cache=self.image_cache,
-            backends=Backends(
-                {
-                    ImagesType.QCOW2: Qcow2(qemu_img, preallocate=settings.preallocate),
-                    ImagesType.RAW: Flat(preallocate=settings.preallocate),
-                    ImagesType.PLOOP: Ploop(qemu_img),
-                }
-            ),
+            backends=_backends(settings, qemu_img, self.lvm),
             instances=self.instances,
             hypervisor=hypervisor,
             touch=touch,
@@ -237,6 +237,7 @@ class _Parts:
             LOG.info("removed %s, left by a job that did not come far", path)
         systemd.extend_timeout(START_STEP_S)
         self.housekeeping.sweep()
+        self._open_disks()
         self.worker.start()
         unfinished = self.journal.unfinished()
         if unfinished:
@@ -248,6 +249,16 @@ class _Parts:
             self.scrub.start()
         for listener in self._listeners:
             listener.start()
+
+    def _open_disks(self) -> None:
+        """Let libvirt start the domains again whose disks are encrypted."""
+        disks = [disk for record in self.instances.all() for disk in record.disks]
+        for disk in disks:
+            if self.lvm is not None and disk.backend is ImagesType.LVM:
+                try:
+                    self.lvm.open(disk)
+                except BackendError as e:
+                    LOG.error("a domain cannot start until the agent has started again: %s", e)
 
     def _repair(self, image: Image) -> None:
         """Have an image fetched anew whose base was found damaged under instances."""
@@ -290,8 +301,48 @@ class _Parts:
 
 
 def _cache_modes(settings: Settings) -> dict[DiskType, str]:
-    usual = "none" if supports_direct(settings.instances_path) else "writeback"
-    return {kind: settings.libvirt.cache_modes.get(kind, usual) for kind in DiskType}
+    usual = dict.fromkeys(
+        DiskType, "none" if supports_direct(settings.instances_path) else "writeback"
+    )
+    usual[DiskType.BLOCK] = "none"  # what a file system can do has nothing to do with it
+    return {**usual, **settings.libvirt.cache_modes}
+
+
+def _helpers(settings: Settings) -> list[HelperContext]:
+    return [base_owner] if settings.volumes is None else [base_owner, volumes]
+
+
+def _backends(settings: Settings, qemu_img: QemuImg, lvm: Lvm | None) -> Backends:
+    backends: dict[ImagesType, Backend] = {
+        ImagesType.QCOW2: Qcow2(qemu_img, preallocate=settings.preallocate),
+        ImagesType.RAW: Flat(preallocate=settings.preallocate),
+        ImagesType.PLOOP: Ploop(qemu_img),
+    }
+    if lvm is not None:
+        backends[ImagesType.LVM] = lvm
+    return Backends(backends, only=None if settings.encryption is None else ImagesType.LVM)
+
+
+def _lvm(settings: Settings) -> Lvm | None:
+    if settings.volumes is None:
+        return None
+    return Lvm(
+        settings.volumes.group,
+        thin=settings.volumes.thin,
+        bases=settings.image_cache.directory,
+        scratch=settings.instances_path,
+        clear=Clear(settings.volumes.clear),
+        clear_size=settings.volumes.clear_size,
+        keys=None if settings.encryption is None else _instance_keys(settings.encryption),
+    )
+
+
+def _instance_keys(encryption: EncryptionSettings) -> InstanceKeys:
+    match encryption.key_manager:
+        case KeyManager.FILE:
+            return FileKeys(encryption.key_directory, bits=encryption.key_size)
+        case KeyManager.BARBICAN:
+            return CastellanKeys(encryption.key_directory, bits=encryption.key_size)
 
 
 def _policy(settings: Settings) -> RetryPolicy:

@@ -13,7 +13,14 @@ from oslo_privsep import priv_context
 
 from agent.config_files import ABSOLUTE_PATH, API
 from agent.job import ConfigDriveFormat, GuestFormat
-from privsep.options import INSTANCES_PATH, SUBDIRECTORY_NAME
+from privsep.options import (
+    CIPHER,
+    INSTANCES_PATH,
+    KEY_SIZE,
+    SUBDIRECTORY_NAME,
+    THIN_POOL,
+    VOLUME_GROUP,
+)
 
 _DEFAULT: Final[list[cfg.Opt]] = [
     cfg.BoolOpt(
@@ -115,9 +122,37 @@ _LIBVIRT: Final[list[cfg.Opt]] = [
             ("default", "what use_cow_images says"),
             ("qcow2", "an overlay on the base in the image cache"),
             ("raw", "a copy of the base, as a reflink where the filesystem can"),
+            ("lvm", "a logical volume in images_volume_group"),
             ("ploop", "a copy of the base in a ploop image, with the tools of package ploop"),
         ],
         help="How disks are made when the job does not say.",
+    ),
+    VOLUME_GROUP,
+    THIN_POOL,
+    cfg.BoolOpt(
+        "sparse_logical_volumes",
+        default=False,
+        help="Let logical volumes take space when the guest writes. Only with images_thin_pool, "
+        "which does so in any case: the sparse volumes of Nova, snapshots of nothing, lose the "
+        "whole disk when they are full.",
+    ),
+    cfg.StrOpt(
+        "volume_clear",
+        default="zero",
+        choices=[
+            ("zero", "overwrite them with zeros"),
+            ("shred", "overwrite them with noise three times, then with zeros"),
+            ("none", "leave them as they are; the next disk to get them is zeroed all the same"),
+        ],
+        help="What is done to the blocks of a logical volume before it is removed. Nothing in a "
+        "thin pool, which zeroes blocks before it gives them away.",
+    ),
+    cfg.IntOpt(
+        "volume_clear_size",
+        default=0,
+        min=0,
+        max=1 << 30,
+        help="MiB from the beginning of a logical volume that volume_clear is for; 0 for all.",
     ),
     cfg.ListOpt(
         "disk_cachemodes",
@@ -160,6 +195,34 @@ _QEMU_IMG: Final[list[cfg.Opt]] = [
         min=1,
         max=7 * 86400,
         help="Seconds one run of qemu-img may take by the clock on the wall.",
+    ),
+]
+
+_ENCRYPTION: Final[list[cfg.Opt]] = [
+    cfg.BoolOpt(
+        "enabled",
+        default=False,
+        help="Encrypt the root, ephemeral and swap disks of instances with dm-crypt, each instance "
+        "with a key of its own. Needs images_type = lvm; jobs that ask for another are refused.",
+    ),
+    CIPHER,
+    KEY_SIZE,
+    cfg.StrOpt(
+        "key_manager",
+        default="file",
+        choices=[
+            ("file", "one file per instance, in key_directory"),
+            ("barbican", "Barbican, or what [key_manager] says, through castellan"),
+        ],
+        help="Where the keys are kept.",
+    ),
+    cfg.StrOpt(
+        "key_directory",
+        default="/var/lib/bootwright/keys",
+        regex=ABSOLUTE_PATH,
+        help="Directory of the keys, or for key_manager = barbican of their ids there: an absolute "
+        "path. Mode 0700. Who can read a key can read the disks, so let it lie on another device "
+        "than those.",
     ),
 ]
 
@@ -311,7 +374,8 @@ _ADAPTER_OPTIONS: Final = ("service_type", "service_name", "valid_interfaces", "
 _DOCUMENTED_AUTH_TYPES: Final = ("password", "v3applicationcredential", "none")
 """Those whose options the sample file shows; any other plugin works too."""
 
-PRIVSEP_SECTION: Final = "privsep_base_owner"
+PRIVSEP_SECTIONS: Final = ("privsep_base_owner", "privsep_volumes")
+"""One for each helper; the second has one only if images_volume_group is set."""
 
 
 def declared() -> dict[str, list[cfg.Opt]]:
@@ -330,7 +394,8 @@ def declared() -> dict[str, list[cfg.Opt]]:
         "images": _IMAGES,
         "api": API,
         "qemu_img": _QEMU_IMG,
-        PRIVSEP_SECTION: priv_context.OPTS,
+        "ephemeral_storage_encryption": _ENCRYPTION,
+        **dict.fromkeys(PRIVSEP_SECTIONS, priv_context.OPTS),
     }
 
 
@@ -342,6 +407,17 @@ def auth_plugin(auth_type: str) -> list[cfg.Opt]:
     """
     options: list[cfg.Opt] = loading.get_auth_plugin_conf_options(auth_type)
     return options
+
+
+def key_manager() -> dict[str, list[cfg.Opt]]:
+    """The options of castellan by section.
+
+    Raises:
+        ImportError: it is an extra of the package, and not installed.
+    """
+    from castellan import options  # noqa: PLC0415
+
+    return {str(section): opts for section, opts in options.list_opts()}
 
 
 def list_opts() -> list[tuple[str, list[cfg.Opt]]]:

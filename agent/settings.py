@@ -34,6 +34,29 @@ class LibvirtSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VolumeSettings:
+    group: str
+    thin: bool
+    clear: str
+    """zero, shred or none."""
+    clear_size: int | None
+    """None for all of a volume."""
+
+
+class KeyManager(enum.StrEnum):
+    FILE = "file"
+    BARBICAN = "barbican"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncryptionSettings:
+    key_manager: KeyManager
+    key_directory: Path
+    key_size: int
+    """Bits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GlanceSettings:
     session: Session
     """Authenticates as configured; has not yet spoken to anybody."""
@@ -109,6 +132,10 @@ class Settings:
     force_config_drive: bool
     drain_timeout_s: float
     libvirt: LibvirtSettings
+    volumes: VolumeSettings | None
+    """None where there are no disks of images_type lvm."""
+    encryption: EncryptionSettings | None
+    """None where disks are not encrypted."""
     images: ImagesSettings
     image_cache: ImageCacheSettings
     qemu_img: QemuImgSettings

@@ -28,6 +28,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import operator
 import os
 import re
 import stat
@@ -170,8 +171,6 @@ def write(name: str, offset: int, data: bytes, encrypted: bool) -> None:
         OSError: ENOSPC among others, if they are beyond the end.
     """
     _check_name(name)
-    if not isinstance(data, bytes):
-        raise TypeError("data has to be bytes")
     if len(data) > STEP:
         raise ValueError(f"{len(data)} bytes at once are too many")
     _check_range(offset, len(data))
@@ -284,7 +283,7 @@ def unlock(name: str, key: bytes) -> None:
     stem, state = _split(name)
     _check_name(stem, _DISK)
     bits = cfg.CONF.ephemeral_storage_encryption.key_size
-    if not isinstance(key, bytes) or len(key) * 8 != bits or state == OLD:
+    if len(key) * 8 != bits or state == OLD:
         raise ValueError(f"this takes a key of {bits} bits, for a volume that is not going")
     _known.get(name)
     if os.path.lexists(_mapping(name)):
@@ -358,14 +357,12 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _check_size(size: int) -> None:
-    if not isinstance(size, int) or size <= 0 or size % _SECTOR:
+    if operator.index(size) <= 0 or size % _SECTOR:
         raise ValueError(f"not the size of a volume: {size!r}")
 
 
 def _check_range(offset: int, length: int) -> None:
-    if not isinstance(offset, int) or not isinstance(length, int):
-        raise TypeError("offset and length have to be int")
-    if offset < 0 or length < 0 or offset % _SECTOR or length % _SECTOR:
+    if min(operator.index(offset), operator.index(length)) < 0 or (offset | length) % _SECTOR:
         raise ValueError(f"not whole sectors: {length} bytes at {offset}")
 
 

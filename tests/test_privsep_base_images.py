@@ -208,6 +208,6 @@ def test_elevated_surface_is_what_this_file_says() -> None:
                 entrypoints[f"{module}.{name}"] = context.pypath
             if isinstance(value, PrivContext):
                 held = [Capabilities(bit).name for bit in value.conf.capabilities]
-                contexts[f"{module}.{name}"] = held
+                contexts[str(value.pypath)] = held
     assert contexts == CONTEXTS
     assert entrypoints == ENTRYPOINTS

@@ -84,8 +84,12 @@ class Backend(Protocol):
 class Backends:
     """Those of one host, by the `images_type` that asks for them; threads may share it."""
 
-    def __init__(self, backends: Mapping[ImagesType, Backend]) -> None:
+    def __init__(
+        self, backends: Mapping[ImagesType, Backend], *, only: ImagesType | None = None
+    ) -> None:
+        """`only`: what instances may ask for, where all of their disks have to be encrypted."""
         self._backends = dict(backends)
+        self._only = only
 
     def __getitem__(self, images_type: ImagesType) -> Backend:
         """Raises: InvalidJob: this host has none of that type."""
@@ -99,8 +103,14 @@ class Backends:
             ) from None
 
     def require(self, images_type: ImagesType) -> None:
-        """Raises: InvalidJob: this host has none of that type."""
+        """Raises: InvalidJob: this host has none of that type for an instance."""
         self[images_type]
+        if self._only not in (None, images_type):
+            raise InvalidJob(
+                f"this host encrypts the disks of instances, and those of images_type "
+                f"{images_type} would not be",
+                f"leave images_type out, or ask for {self._only}",
+            )
 
     def access(self, disks: Iterable[Disk]) -> RbdAccess | None:
         """Return what a domain needs to reach those disks; all of them are in one cluster.

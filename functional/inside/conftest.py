@@ -1,0 +1,36 @@
+"""Tests in here need a kernel with device-mapper: `functional/test_lvm.py` runs them in one."""
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from oslo_config import cfg
+
+import privsep
+from functional.harness import uml
+
+GROUP = "vg"
+POOL = "pool"
+
+
+def tool(*words: str) -> str:
+    return subprocess.run(
+        words, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _group() -> None:
+    """A volume group on the first disk."""
+    tool("vgcreate", "--quiet", GROUP, str(uml.DISK))
+    tool("lvcreate", "--quiet", "--yes", "--type=thin-pool", "--size=100M", f"--name={POOL}", GROUP)
+
+
+@pytest.fixture(scope="session")
+def _helper() -> Iterator[None]:
+    """The verbs run in this process, which is root's; the real helper is in `test_boot`."""
+    privsep.volumes.set_client_mode(False)
+    cfg.CONF.set_override("images_volume_group", GROUP, group="libvirt")
+    yield
+    privsep.volumes.set_client_mode(True)
+    cfg.CONF.clear_override("images_volume_group", group="libvirt")
