@@ -117,12 +117,14 @@ class Lvm:
         cancellation.check()
         with (
             self._reporting(f"copying base {base.name} to", disk),
+            # Before the survey: what that has seen shall not be evicted afterwards.
+            self._working(f"{_BASE}{base.name}"),
             self._making(disk, cancellation) as found,
         ):
             if found is None:
                 return
             if self._thin and not _is_encrypted(disk):
-                self._snapshot(disk, base, cancellation)
+                self._snapshot(disk, base, found, cancellation)
             else:
                 with _opened(base.path) as source:
                     self._copy(disk, source, found, cancellation)
@@ -267,19 +269,19 @@ class Lvm:
         if encrypted:
             self._unlock(disk)
 
-    def _snapshot(self, disk: Disk, base: Base, cancellation: Cancellation) -> None:
+    def _snapshot(self, disk: Disk, base: Base, found: Survey, cancellation: Cancellation) -> None:
         """Make the disk a snapshot of the base's volume, which is made if it is not there."""
         name = _volume_of(disk)
         origin = f"{_BASE}{base.name}"
-        with self._working(origin):
+        if origin not in found.volumes:
             with self._base_lock(origin, cancellation), _opened(base.path) as source:
                 found = volumes.survey()
                 if origin not in found.volumes:
                     self._clear_away(origin, found, cancellation)
                     self._make_base(origin, base, source, found, cancellation)
-            cancellation.check()
-            lvm.snapshot(name, origin, disk.virtual_size)
-            lvm.finish(name)
+        cancellation.check()
+        lvm.snapshot(name, origin, disk.virtual_size)
+        lvm.finish(name)
 
     def _make_base(
         self, origin: str, base: Base, source: int, found: Survey, cancellation: Cancellation
