@@ -162,7 +162,8 @@ _LIBVIRT: Final[list[cfg.Opt]] = [
         ),
         help="Cache mode per kind of disk, as kind=mode. Kinds: file, block, network. Modes are "
         "QEMU's: default, none, writethrough, writeback, directsync, unsafe. A kind that is not "
-        "here has none where the filesystem of instances_path can do direct I/O, else writeback.",
+        "here has none where the filesystem of instances_path can do direct I/O, else writeback; "
+        "block always has none.",
     ),
     cfg.StrOpt(
         "hw_disk_discard",

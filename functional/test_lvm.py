@@ -1,4 +1,4 @@
-"""Disks on logical volumes, in a kernel of their own: the tests in `functional/inside` run there."""
+"""Disks on logical volumes: the tests of `functional/inside`, run in a kernel of their own."""
 
 import os
 import sys
