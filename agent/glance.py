@@ -38,6 +38,7 @@ _PIECE = 1 << 20
 
 _REDIRECTS = 3
 _REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
+_NAME_THE_PLACE = "have endpoint_override, or Keystone's catalog, name the place where Glance is"
 
 # What the image schema defines itself, and what a store adds. The rest of a
 # record are the owner's own properties.
@@ -126,6 +127,8 @@ class GlanceSource:
         """
         if session.timeout is None:
             raise ValueError("a session without a timeout waits for a silent Glance for ever")
+        # Also for records and for Keystone, whose redirects keystoneauth follows itself.
+        session.session.hooks["response"].append(_refuse_to_be_led_away)
         self._session = session
         self._catalog: _Catalog = {
             "service_type": service_type,
@@ -237,21 +240,16 @@ class GlanceSource:
                 stream=True,
                 timeout=self._timeout,
                 raise_exc=False,
-                # keystoneauth would follow with the token to any host, and
-                # leave the connection of each redirect open.
+                # keystoneauth would leave the connection of each redirect open.
                 redirect=False,
-                authenticated=None if _may_see_token(endpoint, url) else False,
             )
-            location = response.headers.get("Location")
-            if response.status_code not in _REDIRECT_STATUSES or location is None:
+            target = _redirected_to(response)
+            if target is None:
                 return response
             response.close()
-            url = urllib.parse.urljoin(url, location)
-            if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-                break
+            url = target
         raise ImageSourceUnavailable(
-            f"{what}: redirected more than {_REDIRECTS} times, or away from HTTP",
-            "have endpoint_override name the place where Glance is",
+            f"{what}: redirected more than {_REDIRECTS} times", _NAME_THE_PLACE
         )
 
     def _endpoint(self) -> tuple[str, int]:
@@ -288,6 +286,9 @@ class GlanceSource:
         except ImageSourceUnavailable:
             self._next_turn(turn)
             raise
+        except _LedAway as e:
+            self._next_turn(turn)
+            raise ImageSourceUnavailable(f"{what}: {e}", _NAME_THE_PLACE) from e
         except FOREIGN as e:
             error = translated(e, what)
             if isinstance(error, ImageSourceUnavailable):
@@ -426,10 +427,34 @@ def _content_range(response: requests.Response) -> tuple[int, int | None] | None
     return int(match[1]), None if match[2] == "*" else int(match[2])
 
 
-def _may_see_token(endpoint: str, url: str) -> bool:
-    """Whether `url` is on Glance's own host, and not less protected than `endpoint`."""
-    known, other = urllib.parse.urlsplit(endpoint), urllib.parse.urlsplit(url)
-    return known.hostname == other.hostname and other.scheme in (known.scheme, "https")
+class _LedAway(Exception):
+    """A redirect leads to where neither our token nor we ourselves have any business."""
+
+
+def _refuse_to_be_led_away(response: requests.Response, **_: object) -> None:
+    """Check each answer, before anybody follows where it leads.
+
+    Whoever can redirect us could have us ask for anything in our name: another
+    host would get the token, and there are hosts that answer only this one
+    (169.254.169.254). One name for Glance and one for Keystone are enough.
+    """
+    target = _redirected_to(response)
+    if target is None:
+        return
+    known, other = urllib.parse.urlsplit(response.url), urllib.parse.urlsplit(target)
+    if known.hostname != other.hostname or other.scheme not in (known.scheme, "https"):
+        response.close()
+        raise _LedAway(
+            f"{_shown(response.url)} redirects to {_shown(target)!r:.200}: to another host, or "
+            "away from HTTP or TLS"
+        )
+
+
+def _redirected_to(response: requests.Response) -> str | None:
+    location = response.headers.get("Location")
+    if response.status_code not in _REDIRECT_STATUSES or location is None:
+        return None
+    return urllib.parse.urljoin(response.url, location)
 
 
 def _without_version(url: str) -> str:

@@ -261,16 +261,36 @@ def test_redirect_to_http_is_followed_and_a_circle_is_not(
     assert len(glance.faults) == 6
 
 
-def test_token_is_not_carried_to_another_host(glance: FakeGlance, source_at: Make) -> None:
+LED_AWAY = (
+    # The same server by another name.
+    "http://localhost:{port}/v2/images/{image}/file",
+    "//localhost:{port}/v2/images/{image}/file",
+    "http://169.254.169.254/latest/meta-data/",
+    "http://[fe80::1]/",
+    "http://127.0.0.1.example.com/",
+    "http://127.0.0.1@example.com/",
+    "file:///etc/passwd",
+    "ftp://127.0.0.1:{port}/",
+    "gopher://127.0.0.1:{port}/",
+)
+
+
+@pytest.mark.parametrize("location", LED_AWAY)
+def test_redirect_to_another_host_or_away_from_http_is_not_followed(
+    location: str, glance: FakeGlance, source_at: Make
+) -> None:
     glance.tokens = {"secret"}
     source = source_at(glance.url, auth=Renewable("secret"))
     image = source.get(glance.store(DATA))
-    # The same server by another name: it lets nobody in without the token.
-    elsewhere = glance.url.replace("127.0.0.1", "localhost")
-    location = f"{elsewhere}/v2/images/{image.id}/file"
-    glance.faults = [Fault(status=307, headers={"Location": location})]
-    with pytest.raises(ImageNotAuthorized, match="401"):
+    port = glance.url.rpartition(":")[2]
+    away = Fault(status=307, headers={"Location": location.format(port=port, image=image.id)})
+    glance.faults = [away]
+    with pytest.raises(ImageSourceUnavailable, match=r"redirects to .*another host, or away from"):
         source.open(image, 0)
+    assert len(glance.requests) == 1
+    glance.record_fault = away
+    with pytest.raises(ImageSourceUnavailable, match=r"redirects to .*another host, or away from"):
+        source.get(image.id)
 
 
 def test_old_endpoint_with_a_version_works(glance: FakeGlance, source_at: Make) -> None:
