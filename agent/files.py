@@ -1,4 +1,4 @@
-"""Durable and sparse file work; knows nothing of images.
+"""Durable file work; knows nothing of images.
 
 Whatever must survive a power cut is written under another name in the same
 directory, flushed, renamed, and the directory flushed: a reader sees the whole
@@ -17,18 +17,15 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from agent.cancellation import Cancellation
 from agent.errors import BackendError, InsufficientFreeSpace
-
-BLOCK = 4096
-"""Bytes; what ext4 and xfs allocate at least, so a shorter hole saves nothing."""
+from agent.sparse import data_extents
+from agent.write_path import BLOCK, write_all
 
 UNFINISHED = ".*.tmp"
 """The glob of the files that `replacing` writes to, and a crash may leave."""
 
-_ZEROS = bytes(BLOCK)
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 _COPY_STEP = 16 << 20  # bytes between two looks at the cancellation: some 20 ms
 _ErrorInfo = tuple[type[BaseException], BaseException, TracebackType]
@@ -149,7 +146,7 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o640) -> None:
         InsufficientFreeSpace
     """
     with replacing(path, needed=len(data), what="writing", mode=mode) as fd:
-        _write_at(fd, memoryview(data), 0)
+        write_all(fd, memoryview(data), 0)
 
 
 def copy_sparse(
@@ -200,92 +197,6 @@ def remove_tree(path: Path) -> None:
         fsync_directory(path.parent)
 
 
-class SparseWriter:
-    """Appends to one file; zeros become holes. For one thread.
-
-    The file's length equals `size` after every `write`, so that it alone says
-    where an interrupted writer has to go on.
-    """
-
-    def __init__(self, path: Path, offset: int = 0) -> None:
-        """Go on at `offset` bytes; whatever the file holds beyond is dropped."""
-        self._path = path
-        self.size = offset
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
-        # Holes are only right where nothing was: hence drop, then write.
-        os.ftruncate(self._fd, offset)
-
-    def write(self, chunk: bytes | memoryview) -> None:
-        """Append `chunk`, however long, however aligned.
-
-        Raises:
-            InsufficientFreeSpace: a part of the chunk may have been written.
-        """
-        # bytes.startswith compares in place: some 10 GB/s, where slices of a
-        # memoryview compare item by item.
-        data = chunk if isinstance(chunk, bytes) else bytes(chunk)
-        view = memoryview(data)
-        start = self.size
-        with reporting_no_space(self._path, len(data), "writing"):
-            for begin, end in _data_runs(data, start):
-                _write_at(self._fd, view[begin:end], start + begin)
-            self.size = start + len(data)
-            if data and not data[-1]:
-                os.ftruncate(self._fd, self.size)
-
-    def flush(self) -> None:
-        """Return when everything written is on stable storage."""
-        with reporting_no_space(self._path, 0, "flushing"):
-            os.fdatasync(self._fd)
-
-    def close(self) -> None:
-        """Close without flushing; may be called again."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def _data_runs(data: bytes, offset: int) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of each run of blocks in `data` that are not all zeros.
-
-    Blocks are those of the file, where `data` stands at `offset`; the pieces at
-    both ends count as blocks.
-    """
-    begin: int | None = None
-    position = 0
-    while position < len(data):
-        end = min(position + BLOCK - (offset + position) % BLOCK, len(data))
-        length = end - position
-        zeros = _ZEROS if length == BLOCK else _ZEROS[:length]
-        if data.startswith(zeros, position):
-            if begin is not None:
-                yield begin, position
-                begin = None
-        elif begin is None:
-            begin = position
-        position = end
-    if begin is not None:
-        yield begin, len(data)
-
-
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data = data[written:]
-        offset += written
-
-
 def clone(source: int, target: int) -> bool:
     """Let one file, a descriptor, share the extents of another; False if that cannot be.
 
@@ -303,7 +214,7 @@ def clone(source: int, target: int) -> bool:
 
 def _copy_data(source: int, target: int, size: int, cancellation: Cancellation) -> None:
     copy = _copy_in_kernel
-    for begin, end in extents(source, size):
+    for begin, end in data_extents(source, 0, size):
         position = begin
         while position < end:
             cancellation.check()
@@ -326,22 +237,8 @@ def _copy_in_kernel(source: int, target: int, count: int, offset: int) -> int:
 
 def _copy_through_memory(source: int, target: int, count: int, offset: int) -> int:
     data = os.pread(source, min(count, 1 << 20), offset)
-    _write_at(target, memoryview(data), offset)
+    write_all(target, memoryview(data), offset)
     return len(data)
-
-
-def extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of every stretch of data; file systems without holes give one."""
-    end = 0
-    while end < size:
-        try:
-            begin = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as e:
-            if e.errno == errno.ENXIO:  # a hole up to the end of the file
-                return
-            raise
-        end = min(os.lseek(fd, begin, os.SEEK_HOLE), size)
-        yield begin, end
 
 
 def _unless_gone(_function: object, _path: str, info: _ErrorInfo) -> None:

@@ -21,7 +21,6 @@ from agent.cancellation import Cancellation
 from agent.disk import Disk
 from agent.errors import BackendError, InstanceExists, NotFound
 from agent.files import (
-    BLOCK,
     UNFINISHED,
     fsync_directory,
     remove_tree,
@@ -30,6 +29,7 @@ from agent.files import (
 )
 from agent.job import ImagesType
 from agent.report import Role
+from agent.write_path import BLOCK
 
 LOG = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent import files
+from agent.write_path import BLOCK
 
 MAGIC = b"QFI\xfb"
 MAX_VIRTUAL_SIZE = 64 << 40
@@ -249,9 +250,7 @@ def create_overlay(
         extensions,
         name,
     ))  # fmt: skip
-    with files.replacing(
-        target, needed=3 * files.BLOCK, what="creating the qcow2 disk", mode=mode
-    ) as fd:
+    with files.replacing(target, needed=3 * BLOCK, what="creating the qcow2 disk", mode=mode) as fd:
         os.ftruncate(fd, clusters * _CLUSTER)
         os.pwrite(fd, header, 0)
         os.pwrite(fd, struct.pack(">Q", 2 * _CLUSTER), _CLUSTER)

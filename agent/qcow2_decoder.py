@@ -24,7 +24,6 @@ cluster of the disk is written at most once.
 
 import base64
 import binascii
-import os
 import struct
 import zlib
 from array import array
@@ -36,7 +35,7 @@ from typing import Self
 
 from pydantic import TypeAdapter
 
-from agent import qcow2, sparse
+from agent import qcow2
 from agent.qcow2_compression import Packed, Unpacker
 from agent.qcow2_tables import (
     Claims,
@@ -48,6 +47,7 @@ from agent.qcow2_tables import (
     read_l1,
     read_l2,
 )
+from agent.sparse import SparseFile
 
 HEAD = 64 << 10
 """Bytes of the image that `Decoder.begin` wants to see (or all, if there are fewer)."""
@@ -99,9 +99,14 @@ class Decoder:
     """
 
     def __init__(
-        self, geometry: Geometry, claims: Claims, target: int, spill: int, max_extents: int
+        self,
+        geometry: Geometry,
+        claims: Claims,
+        target: SparseFile,
+        spill: SparseFile,
+        max_extents: int,
     ) -> None:
-        """`target` and `spill` are descriptors, for reading and writing; `close` closes them."""
+        """`close` closes both files."""
         self._max_extents = max_extents
         self._geometry = geometry
         self._claims = claims
@@ -155,10 +160,12 @@ class Decoder:
         claims.own(0, geometry.cluster, "header")
         claims.own(*geometry.refcounts, "refcount table")
         claims.own(*geometry.l1, "L1 table")
-        decoder = cls(geometry, claims, *_open(target, spill, os.O_TRUNC, geometry), max_extents)
+        target.unlink(missing_ok=True)
+        spill.unlink(missing_ok=True)
+        decoder = cls(geometry, claims, *_open(target, spill, geometry), max_extents)
         try:
             # For whoever resumes: it is needed before any other byte.
-            sparse.write(decoder._spill, head, 0, min(len(head), HEAD), 0)
+            decoder._spill.write(head, 0, min(len(head), HEAD), 0)
         except BaseException:
             decoder.close()
             raise
@@ -189,7 +196,7 @@ class Decoder:
             claims = Claims(geometry, zlib.decompress(base64.b64decode(read.claims)))
         except (Unsupported, binascii.Error, zlib.error) as e:
             raise ValueError(f"the decoder's state cannot be used: {e}") from e
-        decoder = cls(geometry, claims, *_open(target, spill, 0, geometry), max_extents)
+        decoder = cls(geometry, claims, *_open(target, spill, geometry), max_extents)
         try:
             decoder._restore(read)
         except BaseException:
@@ -232,15 +239,13 @@ class Decoder:
         while self._waiting:
             self._read_table(self._waiting.popleft())
         self._unpacker.settle()
-        os.fdatasync(self._target)
+        self._target.flush()
 
     def close(self) -> None:
         """Let go of both files, without flushing; may be called again."""
         self._unpacker.close()
-        if self._target >= 0:
-            os.close(self._target)
-            os.close(self._spill)
-            self._target = self._spill = -1
+        self._target.close()
+        self._spill.close()
 
     def state(self) -> bytes:
         """Return what `resume` needs to go on at `offset`, once both files are synced.
@@ -253,7 +258,7 @@ class Decoder:
         if self._offset < min(HEAD, self._geometry.size):
             raise ValueError(f"there is nothing to go on from after {self._offset} bytes")
         self._unpacker.settle()
-        sparse.write(self._spill, bytes(self._tail), 0, len(self._tail), self._base)
+        self._spill.write(bytes(self._tail), 0, len(self._tail), self._base)
         state = _State(
             size=self._geometry.size,
             offset=self._offset,
@@ -267,12 +272,12 @@ class Decoder:
     def _restore(self, state: _State) -> None:
         """Become the decoder that gave `state`, and undo what it has done since."""
         self._offset, self._done, self._base = state.offset, state.done, state.kept
-        os.ftruncate(self._spill, state.offset)
-        os.ftruncate(self._spill, self._geometry.size)
-        self._tail = bytearray(sparse.read(self._spill, state.kept, state.offset))
+        self._spill.truncate(state.offset)
+        self._spill.truncate(self._geometry.size)
+        self._tail = bytearray(self._spill.read(state.kept, state.offset))
         if self._done < self._geometry.l1[1]:
-            os.ftruncate(self._target, 0)
-            os.ftruncate(self._target, self.virtual_size)
+            self._target.truncate(0)
+            self._target.truncate(self.virtual_size)
             return
         # The claims are there already; these are thrown away.
         self._line_up(Claims(self._geometry))
@@ -286,11 +291,11 @@ class Decoder:
             self._plain.add(beyond(plain, self._done))
             self._packed.add([extent for extent in packed if extent[1] > self._done])
         for begin, end, guest in self._plain:
-            sparse.wipe(self._target, guest, guest + end - begin)
+            self._target.wipe(guest, guest + end - begin)
         for _, _, guest in self._packed:
-            sparse.wipe(self._target, guest, guest + self._geometry.cluster)
+            self._target.wipe(guest, guest + self._geometry.cluster)
         for index in (*self._waiting, *self._order[self._passed :]):
-            sparse.wipe(self._target, index * span, (index + 1) * span)
+            self._target.wipe(index * span, (index + 1) * span)
 
     def _take(self, piece: bytes) -> None:
         self._offset += len(piece)
@@ -337,20 +342,18 @@ class Decoder:
 
     def _bytes(self, begin: int, end: int) -> bytes:
         """Return bytes that are in memory, or kept in the spill."""
-        before = (
-            sparse.read(self._spill, begin, min(end, self._base)) if begin < self._base else b""
-        )
+        before = self._spill.read(begin, min(end, self._base)) if begin < self._base else b""
         inside = self._data[max(begin - self._base, 0) : max(end - self._base, 0)]
         return before + inside if before else inside
 
     def _keep(self, begin: int, end: int) -> None:
         """Put bytes that are in memory into the spill."""
         if begin < end:
-            sparse.write(self._spill, self._data, begin - self._base, end - self._base, begin)
+            self._spill.write(self._data, begin - self._base, end - self._base, begin)
 
     def _line_up(self, claims: Claims) -> None:
         """Read the L1 table, all of which is in the spill by now."""
-        data = sparse.read(self._spill, *self._geometry.l1)
+        data = self._spill.read(*self._geometry.l1)
         tables = self._tables = read_l1(data, self._geometry, claims)
         self._lined_up = True
         there = (index for index, offset in enumerate(tables) if offset)
@@ -371,7 +374,7 @@ class Decoder:
 
     def _extents(self, index: int) -> tuple[list[Extent], list[Extent]]:
         begin = self._tables[index]
-        data = sparse.read(self._spill, begin, begin + self._geometry.cluster)
+        data = self._spill.read(begin, begin + self._geometry.cluster)
         return read_l2(data, index, self._geometry)
 
     def _read_table(self, index: int) -> None:
@@ -387,7 +390,7 @@ class Decoder:
         for begin, end, guest in plain:
             for at in range(begin, min(end, done), _WINDOW):
                 data = self._bytes(at, min(at + _WINDOW, end, done))
-                sparse.write(self._target, data, 0, len(data), guest + at - begin)
+                self._target.write(data, 0, len(data), guest + at - begin)
         self._plain.add(beyond(plain, done))
         self._packed.add([extent for extent in packed if extent[1] > done])
         late = [extent for extent in packed if extent[1] <= done]
@@ -404,9 +407,7 @@ class Decoder:
         """Write what is not compressed and lies before `end`."""
         while (extent := self._plain.peek()) is not None and extent[0] < end:
             begin, stop, guest = extent
-            sparse.write(
-                self._target, self._data, begin - self._base, min(stop, end) - self._base, guest
-            )
+            self._target.write(self._data, begin - self._base, min(stop, end) - self._base, guest)
             if stop > end:
                 self._plain.cut(end)
             else:
@@ -460,13 +461,13 @@ class Decoder:
         """Put the whole of a cluster with compressed data into the spill; any thread may."""
         begin = index * self._geometry.cluster
         end = min(begin + self._geometry.cluster, self._geometry.size)
-        sparse.write(self._spill, data, begin - base, end - base, begin)
+        self._spill.write(data, begin - base, end - base, begin)
         self._claims.keep(index)
 
     def _put(self, guest: int, cluster: bytes) -> None:
         """Write what was compressed; any thread may."""
         length = min(len(cluster), self.virtual_size - guest)
-        sparse.write(self._target, cluster, 0, length, guest)
+        self._target.write(cluster, 0, length, guest)
 
 
 def _geometry(head: bytes, size: int, max_virtual_size: int) -> Geometry:
@@ -488,16 +489,11 @@ def _geometry(head: bytes, size: int, max_virtual_size: int) -> Geometry:
     return geometry
 
 
-def _open(target: Path, spill: Path, flags: int, geometry: Geometry) -> tuple[int, int]:
-    """Return descriptors of both files, which have their full lengths then."""
-    flags |= os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    opened: list[int] = []
+def _open(target: Path, spill: Path, geometry: Geometry) -> tuple[SparseFile, SparseFile]:
+    """Return both files, which have their full lengths then."""
+    opened = SparseFile(target, length=geometry.header.virtual_size)
     try:
-        for path, size in ((target, geometry.header.virtual_size), (spill, geometry.size)):
-            opened.append(os.open(path, flags, 0o640))
-            os.ftruncate(opened[-1], size)
+        return opened, SparseFile(spill, length=geometry.size)
     except BaseException:
-        for fd in opened:
-            os.close(fd)
+        opened.close()
         raise
-    return opened[0], opened[1]

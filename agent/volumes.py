@@ -14,7 +14,7 @@ from oslo_privsep.comm import PrivsepTimeout
 
 from agent.cancellation import Cancellation
 from agent.errors import BackendError, InsufficientFreeSpace
-from agent.files import extents
+from agent.sparse import data_extents
 from privsep import lvm
 
 NEW = lvm.NEW
@@ -95,7 +95,7 @@ def fill(
         if not zeroed:
             blank(name + NEW, reached, end, encrypted=encrypted, cancellation=cancellation)
 
-    for start, end in extents(source, os.fstat(source).st_size):
+    for start, end in data_extents(source, 0, os.fstat(source).st_size):
         begin = start - start % SECTOR  # the blocks of file systems are larger, of most
         skip_to(begin)
         for offset in range(begin, end, lvm.STEP):

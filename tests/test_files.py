@@ -1,9 +1,8 @@
-"""Durable and sparse file work, on real files."""
+"""Durable file work, on real files."""
 
 import errno
 import os
 import stat
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from agent import files
 from agent.cancellation import Cancellation
 from agent.errors import BackendError, Cancelled, InsufficientFreeSpace
+from tests.small_file_system import mounted_file_system
 
 MIB = 1 << 20
 
@@ -23,6 +23,9 @@ pieces = st.lists(
     ),
     max_size=8,
 )
+
+
+small_file_system = mounted_file_system("tmpfs")
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -79,28 +82,6 @@ def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-@pytest.fixture
-def small_file_system(tmp_path: Path) -> Path:
-    """Two MiB of tmpfs, to be really full."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    where = tmp_path / "small"
-    where.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "small", str(where)], check=False
-    )
-    if mounted.returncode:
-        pytest.skip("no mounts here")
-    return where
-
-
-@pytest.fixture(autouse=True)
-def _unmounted(tmp_path: Path) -> object:
-    yield
-    if os.path.ismount(tmp_path / "small"):
-        subprocess.run(["umount", str(tmp_path / "small")], check=True)
-
-
 def test_a_copy_that_cannot_fit_is_refused_before_the_first_byte(
     tmp_path: Path, small_file_system: Path
 ) -> None:
@@ -109,14 +90,6 @@ def test_a_copy_that_cannot_fit_is_refused_before_the_first_byte(
     with pytest.raises(InsufficientFreeSpace, match=f"{3 * MIB} bytes are needed"):
         files.copy_sparse(source, small_file_system / "disk", cancellation=Cancellation())
     assert list(small_file_system.iterdir()) == []
-
-
-def test_a_writer_on_a_full_disk_says_so(small_file_system: Path) -> None:
-    with (
-        files.SparseWriter(small_file_system / "partial") as writer,
-        pytest.raises(InsufficientFreeSpace, match="partial"),
-    ):
-        writer.write(os.urandom(3 * MIB))
 
 
 @given(pieces)
@@ -163,46 +136,6 @@ def test_a_cancelled_copy_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
         files.copy_sparse(source, tmp_path / "disk", cancellation=cancellation)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
-
-
-@given(pieces, st.integers(1, 20_000), st.integers(0, 9000))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_what_is_written_sparsely_reads_back(
-    tmp_path: Path, pieces: list[tuple[bytes, int]], step: int, offset: int
-) -> None:
-    path = tmp_path / "partial"
-    before = b"\x07" * (offset + 8192)  # all of it beyond offset must vanish
-    path.write_bytes(before)
-    content = b"".join(byte * count for byte, count in pieces)
-    with files.SparseWriter(path, offset) as writer:
-        for begin in range(0, len(content), step):
-            writer.write(memoryview(content)[begin : begin + step])
-            assert (
-                path.stat().st_size
-                == writer.size
-                == min(offset + begin + step, offset + len(content))
-            )
-        writer.flush()
-    assert path.read_bytes() == before[:offset] + content
-
-
-def test_zeros_become_holes_however_the_chunks_fall(tmp_path: Path) -> None:
-    content = b"\x01" * 4096 + bytes(64 * MIB) + b"\x02" * 4096
-    path = tmp_path / "partial"
-    with files.SparseWriter(path) as writer:
-        for begin in range(0, len(content), 1_000_003):
-            writer.write(content[begin : begin + 1_000_003])
-        writer.flush()
-    assert path.stat().st_size == len(content)
-    assert allocated(path) <= 16384
-
-
-def test_a_writer_does_not_follow_a_link(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_bytes(b"secret")
-    (tmp_path / "partial").symlink_to(tmp_path / "secret")
-    with pytest.raises(OSError, match="symbolic"):
-        files.SparseWriter(tmp_path / "partial")
-    assert (tmp_path / "secret").read_bytes() == b"secret"
 
 
 def test_remove_tree_removes_links_and_not_what_they_point_to(tmp_path: Path) -> None:

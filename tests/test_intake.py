@@ -1,5 +1,6 @@
 """Images decoded as they arrive, interrupted anywhere, gone on with."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -13,15 +14,21 @@ from pathlib import Path
 import pytest
 
 from agent.cancellation import Cancellation
+from agent.errors import InsufficientFreeSpace
 from agent.image import Image
 from agent.inspection import HEAD, Inspection
 from agent.intake import Undecodable, decoded
 from agent.intake.decoded import DecodedIntake
 from agent.intake.marker import MARK_EVERY, Marker
+from agent.intake.plain import PlainIntake
 from agent.partial import Partial
+from agent.qemu_img import QemuImg
+from tests.small_file_system import mounted_file_system
 
 MIB = 1 << 20
 SIZE = 200 * MIB
+
+full_file_system = mounted_file_system("tmpfs")
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +208,22 @@ def test_a_decoder_that_failed_is_no_checkpoint(tmp_path: Path, image: Image, qc
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     assert not (partial.directory / "checkpoint.json").exists()
+
+
+def test_a_disk_that_is_full_is_said_to_be_so(full_file_system: Path, image: Image) -> None:
+    raw = dataclasses.replace(image, disk_format="raw")
+    partial = Partial(full_file_system / "partial", raw)
+    partial.open()
+    intake = PlainIntake(
+        partial,
+        inspection(raw),
+        algorithm="sha512",
+        converter=QemuImg(),
+        cancellation=Cancellation(),
+    )
+    with pytest.raises(InsufficientFreeSpace, match="data"):
+        intake.take(os.urandom(3 * MIB))
+    intake.close()
 
 
 def test_a_sync_that_failed_is_not_forgotten() -> None:

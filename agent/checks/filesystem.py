@@ -16,6 +16,7 @@ from agent.instances import Instances
 from agent.job import ImagesType
 from agent.settings import ImageSourceName, Settings
 from agent.views import Finding
+from agent.write_path import BLOCK
 
 _MOUNTS: Final = Path("/proc/self/mountinfo")
 
@@ -199,7 +200,7 @@ def _has_holes(place: Path) -> bool:
 
 def _has_reflinks(place: Path) -> bool:
     with tempfile.TemporaryFile(dir=place) as one, tempfile.TemporaryFile(dir=place) as other:
-        one.write(bytes(files.BLOCK))
+        one.write(bytes(BLOCK))
         one.flush()
         return files.clone(one.fileno(), other.fileno())
 

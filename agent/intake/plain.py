@@ -14,11 +14,12 @@ from typing import Protocol
 from agent import disk_start
 from agent.cancellation import Cancellation
 from agent.errors import BootwrightError, ImageUnacceptable
-from agent.files import SparseWriter, first_bytes
+from agent.files import first_bytes, reporting_no_space
 from agent.inspection import HEAD, Inspection, Verdict, refuse_nested
 from agent.intake.hasher import Hasher
 from agent.intake.marker import Marker
 from agent.partial import Partial
+from agent.sparse import SparseFile
 
 _PIECE = 1 << 20
 
@@ -65,7 +66,9 @@ class PlainIntake:
         # the disk; after a boot of the host only what was synced is certain.
         length = partial.data.stat().st_size if partial.data.exists() else 0
         self.kept = length if partial.same_boot else min(length, partial.durable)
-        self._writer = SparseWriter(partial.data, self.kept)
+        # Holes are only right where nothing was: what lies beyond is dropped.
+        self._file = SparseFile(partial.data, length=self.kept)
+        self._size = self.kept
         partial.mark(min(self.kept, partial.durable))
         self._hasher = Hasher(hashlib.new(algorithm))
         self._marker = Marker(self._settle, self.kept)
@@ -85,26 +88,36 @@ class PlainIntake:
 
     @property
     def offset(self) -> int:
-        return self._writer.size
+        return self._size
 
     def take(self, chunk: bytes) -> None:
         self._worth_marking = False
         self._hasher.update(chunk)
-        self._writer.write(chunk)
-        self._marker.reached(self._writer.size, lambda: self._writer.size)
+        size = self._size + len(chunk)
+        with reporting_no_space(self._partial.data, len(chunk), "writing"):
+            self._file.write(chunk, 0, len(chunk), self._size)
+            if chunk and not chunk[-1]:
+                # The file's length alone says where a later run goes on.
+                self._file.truncate(size)
+        self._size = size
+        self._marker.reached(size, lambda: size)
         self._worth_marking = True
 
     def _settle(self, offset: int) -> None:
         # Through the descriptor that was written to: another one, opened after
         # a write was lost, would not hear of it.
-        self._writer.flush()
+        self._flush()
         self._partial.mark(offset)
+
+    def _flush(self) -> None:
+        with reporting_no_space(self._partial.data, 0, "flushing"):
+            self._file.flush()
 
     def digest(self) -> str:
         self._worth_marking = False
         self._marker.close()
         self._marker.check()
-        self._writer.flush()
+        self._flush()
         return self._hasher.hexdigest()
 
     def disk(self, verdict: Verdict) -> Path:
@@ -146,6 +159,6 @@ class PlainIntake:
             # Whoever stops the agent may be about to reboot the host.
             with contextlib.suppress(OSError, BootwrightError):
                 self._marker.check()
-                self._settle(self._writer.size)
+                self._settle(self._size)
         self._hasher.close()
-        self._writer.close()
+        self._file.close()
