@@ -81,7 +81,10 @@ class Pruner:
     def state(self) -> CacheState:
         """Return what there is, and who needs it."""
         entries = self._store.entries()
-        status = os.statvfs(self._store.directory)
+        try:
+            status = os.statvfs(self._store.directory)
+        except FileNotFoundError:  # its share is not mounted, or somebody has removed it
+            return CacheState(bases=(), allocated=0, used=0, capacity=0)
         used = (status.f_blocks - status.f_bfree) * status.f_frsize
         try:
             survey = self._usage.survey([entry.name for entry in entries])

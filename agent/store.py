@@ -144,12 +144,12 @@ class Store:
 
     def partials(self) -> list[PartialEntry]:
         """Return what is being fetched, or waits to be gone on with."""
-        return list(filter(None, map(_partial_entry, self._partials.iterdir())))
+        return list(filter(None, map(_partial_entry, _listed(self._partials))))
 
     def allocated(self) -> int:
         """Return the bytes that all of it takes; a file with several names counts once."""
         inodes: dict[int, int] = {}
-        folders = [self.directory, self._quarantine, *self._partials.iterdir()]
+        folders = [self.directory, self._quarantine, *_listed(self._partials)]
         for folder in folders:
             # A partial may go while it is looked at, and a file be put beside it.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -271,7 +271,7 @@ class Store:
         """
         names = {entry.name for entry in self.partials()} | {
             name
-            for path in self.directory.iterdir()
+            for path in _listed(self.directory)
             if path.is_file()
             and (name := self._owner(path)) is not None
             and not self._is_of_entry(path)
@@ -286,7 +286,7 @@ class Store:
             finally:
                 lock.release()
         _remove(p for p in self.directory.glob(f".*/{UNFINISHED}") if _age(p) > partials_s)
-        _remove(p for p in self._quarantine.iterdir() if _age(p) > quarantine_s)
+        _remove(p for p in _listed(self._quarantine) if _age(p) > quarantine_s)
 
     def _sweep_one(self, name: str, *, partials_s: float, keep: Callable[[str], bool]) -> None:
         base = self.path_of(name)
@@ -328,6 +328,14 @@ class Store:
             return False
         except OSError:
             return True  # nobody can know
+
+
+def _listed(directory: Path) -> list[Path]:
+    """Return what is in a directory; nothing if it is gone, as when a share is not mounted."""
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def _partial_entry(directory: Path) -> PartialEntry | None:

@@ -101,6 +101,17 @@ def flip_a_bit(path: Path) -> None:
         file.write(bytes([byte ^ 0x10]))
 
 
+def claim_a_base(disk: Path, base: Path) -> None:
+    """Let a disk say that it stands on a base, as a guest can that writes over its header."""
+    lie = disk.with_name("lie")
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, lie], check=True
+    )
+    with disk.open("r+b") as file:
+        file.write(lie.read_bytes())
+    lie.unlink()
+
+
 def refused(agent: Agent, *arguments: str) -> str:
     """Run a command that has to fail; return why it does."""
     done = agent.run(*arguments)
@@ -131,7 +142,7 @@ def test_dry_run_why_and_gc_tell_one_story_and_nothing_in_use_is_in_it(
     same = upload(data=unused.data)
     used_twin = upload(data=stopped.data)
     agent.boot(job("running-1", running, action="boot"))
-    agent.boot(job("stopped-1", stopped))
+    off = agent.boot(job("stopped-1", stopped, action="boot", libvirt={"start": False}))
     gone = agent.boot(job("undefined-1", undefined, action="boot"))["instance"]["uuid"]
     # Behind the agent's back; the disk stays.
     hypervisor = Hypervisor(libvirtd.uri, virt_type="qemu")
@@ -140,6 +151,8 @@ def test_dry_run_why_and_gc_tell_one_story_and_nothing_in_use_is_in_it(
     hypervisor.close()
     fetch(agent, pinned, for_a_while, unused, same, used_twin)
     agent.json("image", "pin", pinned.id)
+    # What a guest writes says nothing: neither that it needs that base, nor that it lets go of its.
+    claim_a_base(Path(off["disks"][0]["path"]), agent.base(unused.id))
     until_s = agent.json("image", "pin", for_a_while.id, "--for", "3s")["pinned_until"]
     everything = [running, stopped, undefined, pinned, for_a_while, unused, same, used_twin]
     held = agent.json("image", "why", for_a_while.id)
@@ -432,6 +445,25 @@ def test_a_base_that_was_replaced_is_verified_before_its_first_use(
         assert quarantined(agent) == {base.name}
     else:
         assert "is damaged" not in agent.log
+
+
+def test_a_base_that_was_lost_is_put_back_under_its_disks(
+    make_agent: MakeAgent, upload: Upload
+) -> None:
+    agent = make_agent()
+    sample = upload(1)
+    disk = Path(agent.boot(job("web-1", sample))["disks"][0]["path"])
+    base, before = agent.base(sample.id), disk.read_bytes()
+    base.unlink()
+    base.with_name(f"{base.name}.json").unlink()
+    lost = [c for c in agent.json("doctor", status=5)["checks"] if c["result"] == "error"]
+    assert [sample.id in check["hint"] for check in lost] == [True]
+
+    agent.boot(job("web-2", sample))
+
+    assert sample.is_at(base)
+    assert disk.read_bytes() == before
+    agent.json("doctor")
 
 
 # Hosts

@@ -17,13 +17,14 @@ from agent import claims, doctor
 from agent.checks import filesystem, host, ok, outside
 from agent.cli import main
 from agent.config import Configuration
-from agent.disk import DiskType
+from agent.disk import DiskType, Link
 from agent.files import write_durably
 from agent.job import ImagesType
 from agent.listener import Listener
 from agent.settings import Settings
 from agent.views import Check, Finding, Result
 from tests.api_server import listener, service, socket_path
+from tests.cache_kit import CacheKit, Source, random_bytes
 from tests.fake_glance import FakeGlance, Fault, fake_glance
 from tests.fake_service import FakeService
 
@@ -268,6 +269,22 @@ def test_a_record_that_keeps_every_base_is_found(settings: Settings) -> None:
     (directory / "instance.json").write_text("{")
     found = only(filesystem.records(settings), Result.ERROR)
     assert str(directory) in found.message
+
+
+def test_a_disk_whose_base_is_gone_is_found(settings: Settings, tmp_path: Path) -> None:
+    kit = CacheKit(directory=settings.instances_path, source=Source())
+    base = kit.fetch(kit.source.add(random_bytes(1)))
+    record = kit.add_instance(base)
+    [disk] = record.disks
+    link = Link(path=base.path, format="raw")
+    kit.instances.write(
+        dataclasses.replace(record, disks=(dataclasses.replace(disk, backing_chain=(link,)),))
+    )
+    only(filesystem.records(settings), Result.OK)
+    base.path.unlink()
+    found = only(filesystem.records(settings), Result.ERROR)
+    assert f"{base.path}, on which instance web-1 stands, is not there" in found.message
+    assert f"bootwright image fetch {base.image.id}" in found.hint
 
 
 def test_a_cloned_host_id_and_a_broken_claim_are_found(settings: Settings) -> None:

@@ -1,6 +1,8 @@
 """What is decided about bases, and that what is done is what was decided."""
 
 import dataclasses
+import os
+import shutil
 import tempfile
 import threading
 import time
@@ -14,10 +16,14 @@ from hypothesis import strategies as st
 from agent import manifest as manifests
 from agent import prune
 from agent.cancellation import Cancellation
+from agent.disk import Disk
 from agent.errors import BackendError, InsufficientFreeSpace, NotFound
+from agent.job import ImagesType
+from agent.locks import FileLock
 from agent.partial import Partial
 from agent.pins import OperatorPin
 from agent.prune import BaseState, CacheState, Policy
+from agent.report import Role
 from agent.store import Store
 from agent.usage import Users
 from agent.views import Decision, Reason
@@ -480,3 +486,109 @@ def test_what_is_being_committed_does_not_count_twice(tmp_path: Path, source: So
         store.go_on.set()
         committing.join()
     assert {entry.manifest.image.id for entry in kit.store.entries()} == {"one", "two"}
+
+
+# Passes that meet something
+
+
+UNUSED = dataclasses.replace(NEVER, minimum_age_s=-1)
+
+
+def test_an_image_its_source_has_forgotten_stays_for_its_instances(
+    tmp_path: Path, source: Source
+) -> None:
+    kit = CacheKit(directory=tmp_path / "i", source=source, policy=UNUSED)
+    root, kernel, ramdisk, unused = (
+        kit.fetch(source.add(random_bytes(1), image_id=name))
+        for name in ("root", "kernel", "ramdisk", "unused")
+    )
+    record = kit.add_instance(root)
+    copies = tuple(
+        Disk(
+            role=role,
+            backend=ImagesType.RAW,
+            path=tmp_path / role.value,
+            format="raw",
+            virtual_size=MIB,
+            base_name=base.name,
+        )
+        for role, base in ((Role.KERNEL, kernel), (Role.RAMDISK, ramdisk))
+    )
+    kit.instances.write(dataclasses.replace(record, disks=(*record.disks, *copies)))
+    source.images.clear()
+    done = kit.pruner.gc(dry_run=False)
+    assert [d.image_id for d in done.decisions if d.remove] == ["unused"]
+    assert root.path.exists()
+    assert kernel.path.exists()
+    assert ramdisk.path.exists()
+    assert not unused.path.exists()
+
+
+def test_nothing_is_removed_that_somebody_is_at_work_on(tmp_path: Path, source: Source) -> None:
+    kit = CacheKit(directory=tmp_path / "i", source=source, policy=UNUSED)
+    made = kit.fetch(source.add(random_bytes(1)))
+    lock = FileLock(kit.store.lock_of(made.name))
+    assert lock.try_acquire()
+    (decision,) = kit.pruner.gc(dry_run=False).decisions
+    assert (decision.remove, decision.detail) == (False, "somebody is at work on it right now")
+    with pytest.raises(BackendError, match="at work on it"):
+        kit.pruner.remove(made.image.id)
+    lock.release()
+    assert kit.pruner.gc(dry_run=False).decisions[0].remove
+    # Two who wait for one lock have to meet in one file.
+    assert kit.store.lock_of(made.name).exists()
+
+
+class Stubborn(Store):
+    """Does not let go of the first base."""
+
+    def remove(self, name: str) -> None:
+        if name == manifests.base_name("first"):
+            raise PermissionError(1, "Operation not permitted", str(self.path_of(name)))
+        super().remove(name)
+
+
+def test_a_removal_that_fails_is_logged_and_the_pass_goes_on(
+    tmp_path: Path, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
+    kit = CacheKit(directory=tmp_path / "i", source=source, policy=UNUSED, make_store=Stubborn)
+    first, second = (
+        kit.fetch(source.add(random_bytes(1), image_id=name)) for name in ("first", "second")
+    )
+    make_old(first.path, 100)
+    done = kit.pruner.gc(dry_run=False)
+    assert {d.image_id: d.remove for d in done.decisions} == {"first": False, "second": True}
+    assert (first.path.exists(), second.path.exists()) == (True, False)
+    assert [r.levelname for r in caplog.records if str(first.path) in r.message] == ["ERROR"]
+    assert done.bytes == second.virtual_size
+
+
+def test_what_has_gone_meanwhile_is_no_failure(kit: CacheKit, source: Source) -> None:
+    made = kit.fetch(source.add(random_bytes(1)))
+    kit.store.remove(made.name)
+    kit.store.remove(made.name)
+    assert kit.pruner.gc(dry_run=False).decisions == ()
+
+
+def test_without_a_cache_directory_a_pass_does_nothing(kit: CacheKit, source: Source) -> None:
+    """As when its share is not mounted: then the agent makes nothing in its place either."""
+    kit.fetch(source.add(random_bytes(1)))
+    shutil.rmtree(kit.store.directory)
+    assert kit.pruner.gc(dry_run=False).decisions == ()
+    assert kit.store.allocated() == 0
+    kit.store.sweep(partials_s=0, quarantine_s=0, keep=lambda _: False)
+    with pytest.raises(BackendError):
+        kit.fetch(source.images[next(iter(source.images))])
+    assert not kit.store.directory.exists()
+
+
+def test_what_the_cache_takes_is_blocks_and_each_file_once(kit: CacheKit, source: Source) -> None:
+    before = kit.store.allocated()
+    made = kit.fetch(source.add(random_bytes(1) + bytes(7 * MIB), image_id="one"))
+    kit.fetch(source.add(source.data["one"], image_id="two"))
+    (kit.store.directory / ".quarantine/x").write_bytes(random_bytes(1))
+    grown = kit.store.allocated() - before
+    assert made.path.stat().st_nlink == 2
+    assert 2 * MIB <= grown < 2 * MIB + MIB // 4
+    os.truncate(made.path, 0)
+    assert kit.store.allocated() - before < MIB + MIB // 4

@@ -1,6 +1,5 @@
 """The agent's directories, and what their file systems can do."""
 
-import fcntl
 import os
 import socket
 import stat
@@ -137,15 +136,16 @@ def features(settings: Settings) -> Iterator[Finding]:
         yield warning(name, f"{place} cannot be written to, so nothing was tried", "see above")
         return
     kind = file_system_of(place)
-    can = {"O_DIRECT": _has_direct(place), "holes": _has_holes(place)}
+    can = {"O_DIRECT": files.supports_direct(place), "holes": _has_holes(place)}
     can["reflinks"] = _has_reflinks(place)
     yield ok(name, f"{kind}: " + ", ".join(f"{'' if yes else 'no '}{w}" for w, yes in can.items()))
-    mode = settings.libvirt.cache_modes[DiskType.FILE]
+    # Where none is configured the agent takes what the file system can do.
+    mode = settings.libvirt.cache_modes.get(DiskType.FILE)
     if not can["O_DIRECT"] and mode in _DIRECT:
         yield error(
             name,
             f"disk_cachemodes has file={mode}, for which {kind} at {place} lacks O_DIRECT",
-            "set disk_cachemodes = file=writeback in [libvirt]",
+            "take it out of disk_cachemodes in [libvirt]: the agent then chooses by itself",
         )
     if not can["holes"]:
         yield warning(
@@ -182,16 +182,6 @@ def file_system_of(path: Path) -> str:
     return kind
 
 
-def _has_direct(place: Path) -> bool:
-    with tempfile.TemporaryFile(dir=place) as file:
-        flags = fcntl.fcntl(file.fileno(), fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(file.fileno(), fcntl.F_SETFL, flags | os.O_DIRECT)
-        except OSError:
-            return False
-        return True
-
-
 def _has_holes(place: Path) -> bool:
     with tempfile.TemporaryFile(dir=place) as file:
         file.truncate(16 << 20)
@@ -217,6 +207,16 @@ def records(settings: Settings) -> Iterator[Finding]:
             f"{path} cannot be read, so nothing is removed from the image cache",
             "restore it from a backup, or remove it if the instance is gone, and restart the agent",
         )
+    for record in instances.all():
+        links = {link.path for disk in record.disks for link in disk.backing_chain}
+        for path in sorted(links):
+            if not path.exists():
+                yield error(
+                    name,
+                    f"{path}, on which instance {record.name} stands, is not there",
+                    f"bootwright image fetch {record.image_id}, which puts the same bytes there; "
+                    "or mount what is not mounted",
+                )
     yield ok(name, f"{len(instances.all())} with a record that can be read")
 
 
