@@ -44,6 +44,11 @@ from agent.transfer import ImageSource, RetryPolicy, Transfer
 
 LOG = logging.getLogger(__name__)
 
+# Of an image of unknown size so much is promised at a time.
+_STEP = 64 << 20
+# Tables, snapshots and what else an image may hold beside its disk.
+_BESIDE = 1 << 30
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ingested:
@@ -109,6 +114,7 @@ class Ingest:
         self._on_advance = on_advance
         self._algorithm = "sha512" if image.digest is None else image.digest[0]
         self._received = 0
+        self._promised = 0
 
     def run(self) -> Ingested:
         """Fetch, verify and make raw.
@@ -212,6 +218,8 @@ class Ingest:
                 if intake is None:
                     intake = self._begin(chunk[:HEAD], inspection)
                     stack.callback(intake.close)
+                if self._image.size is None:
+                    self._bound(intake.offset + len(chunk), inspection)
                 intake.take(chunk)
                 self._advance(TaskState.IMAGE_DOWNLOADING, intake.offset)
         finally:
@@ -264,6 +272,27 @@ class Ingest:
             # Beside the source's bytes stands, for a while, the raw file made
             # of them. It may turn out sparse; but only in full is it sure to fit.
             self._reserve(missing + virtual_size)
+
+    def _bound(self, length: int, inspection: Inspection) -> None:
+        """Stop an image of unknown size that has no end, before the next bytes are kept.
+
+        Space for it is promised as it comes.
+        """
+        if length <= self._promised:
+            return
+        self._promised = length + _STEP
+        if self._image.disk_format in PLAIN_FORMATS:
+            self._on_header(length)
+            self._reserve(_STEP)
+            return
+        virtual_size = inspection.virtual_size or 0
+        if length > 2 * virtual_size + _BESIDE:
+            raise ImageCorrupt(
+                f"image {self._image.id} goes on after {length} bytes, more than any image of "
+                f"{virtual_size} bytes of disk has; {self._source.name} does not know its size",
+                "the data is damaged, or has no end: upload the image anew",
+            )
+        self._reserve(virtual_size + _STEP)
 
     def _translate(self, error: OSError) -> BootwrightError:
         directory = self._partial.directory

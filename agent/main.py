@@ -347,7 +347,9 @@ def _instance_keys(encryption: EncryptionSettings) -> InstanceKeys:
 
 def _policy(settings: Settings) -> RetryPolicy:
     glance = settings.images.glance
-    return RetryPolicy() if glance is None else RetryPolicy(num_retries=glance.num_retries)
+    if glance is None:
+        return RetryPolicy()
+    return RetryPolicy(num_retries=glance.num_retries, rate_window_s=glance.stall_timeout_s)
 
 
 def _prune_policy(cache: ImageCacheSettings) -> Policy:

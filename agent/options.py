@@ -358,7 +358,9 @@ _GLANCE: Final[list[cfg.Opt]] = [
         default=30.0,
         min=1.0,
         max=3600.0,
-        help="Seconds without a single byte after which a fetch is broken off and resumed.",
+        help="Seconds without a single byte after which a fetch is broken off and resumed, and "
+        "over which it must bring 4 KiB a second on average. A source that was too slow for "
+        "longer than num_retries times in a row is given up.",
     ),
     cfg.BoolOpt(
         "verify_glance_signatures",

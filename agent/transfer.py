@@ -9,6 +9,7 @@ that may pass as `ImageSourceUnavailable`, and everything else is final.
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -74,6 +75,10 @@ class RetryPolicy:
     """The first pause is anything up to this; each further one up to twice the last."""
     max_s: float = 30.0
     """No pause is longer, not even one the image source asked for."""
+    least_rate: int = 4096
+    """Bytes a second; one that brings less on average is as good as away."""
+    rate_window_s: float = 30.0
+    """Seconds of waiting for it over which the average is taken."""
 
 
 def resolve(
@@ -134,6 +139,9 @@ class Transfer:
         self._opened: _Opened | None = None
         self._gap_seen = False
         self._attempts = 0
+        self._policy = policy
+        self._pace = _Pace(policy)
+        self._slow = 0
         self.received = 0
         """Bytes that came from the source, those received twice included."""
         self.resumes = 0
@@ -154,6 +162,7 @@ class Transfer:
             # call costs 9 us against some 700 us that the piece takes to come.
             while chunk := self._retrying(self._next):
                 yield chunk
+                self._judge_pace()
         except DeadlineExceeded as e:
             raise _late(e, self._waits_for()) from e
         finally:
@@ -167,11 +176,14 @@ class Transfer:
             return b""
         try:
             opened = self._opened or self._open()
-            for chunk in opened.chunks:
+            for chunk in self._pace.timed(opened.chunks):
                 self.received += len(chunk)
                 new = chunk[max(0, self._position - opened.position) :]
                 opened.position += len(chunk)
                 if not new:
+                    rate = self._pace.rate()
+                    if rate is not None and rate < self._policy.least_rate:
+                        raise self._trickle(rate)
                     continue
                 if size is not None and self._position + len(new) > size:
                     raise ImageCorrupt(
@@ -194,6 +206,30 @@ class Transfer:
             if self._position == size:
                 return b""  # nothing was missing but the end of the answer
             raise
+
+    def _judge_pace(self) -> None:
+        """Give up an answer that only trickles, and in the end the source.
+
+        New bytes come, so without this it could go on for ever and hold its place.
+        """
+        rate = self._pace.rate()
+        if rate is None:
+            return
+        if rate >= self._policy.least_rate:
+            self._slow = 0
+            return
+        self._slow += 1
+        if self._slow > self._policy.num_retries:
+            raise self._trickle(rate)
+        _LOG.warning("%s; asking it again", self._trickle(rate).message)
+        self._close()
+
+    def _trickle(self, rate: float) -> ImageSourceUnavailable:
+        return ImageSourceUnavailable(
+            f"{self._source.name} sends image {self._image.id} at {rate:.0f} bytes a second, less "
+            f"than {self._policy.least_rate}, at byte {self._position}",
+            "look what slows it down, on the way or in its store",
+        )
 
     def _open(self) -> "_Opened":
         if self._attempts:
@@ -220,6 +256,33 @@ class Transfer:
         return (
             f"image {self._image.id} from {self._source.name}, at byte {self._position} of {size}"
         )
+
+
+class _Pace:
+    """How fast a source is, by the time that is spent waiting for it and for nothing else."""
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self._window_s = policy.rate_window_s
+        self._waited = 0.0
+        self._received = 0
+
+    def timed(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        while True:
+            began = time.monotonic()
+            chunk = next(chunks, b"")
+            self._waited += time.monotonic() - began
+            self._received += len(chunk)
+            if not chunk:
+                return
+            yield chunk
+
+    def rate(self) -> float | None:
+        """Return bytes a second, once in a window."""
+        if self._waited < self._window_s:
+            return None
+        rate = self._received / self._waited
+        self._waited, self._received = 0.0, 0
+        return rate
 
 
 class _Opened:

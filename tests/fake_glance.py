@@ -47,6 +47,8 @@ class Fault:
     """Close with RST."""
     stall_after: int | None = None
     """Body bytes, then silence until the client goes away."""
+    drip: int | None = None
+    """Body bytes at full speed, then one every 20 ms."""
     ignore_range: bool = False
     shift: int = 0
     """A range starts this many bytes later than asked for, and says so."""
@@ -228,7 +230,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if fault.stall_after is not None:
+        if fault.drip is not None:
+            self.wfile.write(body[: fault.drip])
+            self._trickle(body[fault.drip :])
+        elif fault.stall_after is not None:
             self.wfile.write(body[: fault.stall_after])
             self._be_silent()
         elif fault.cut_after is not None:
@@ -236,6 +241,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._cut(fault.reset)
         else:
             self.wfile.write(body)
+
+    def _trickle(self, body: bytes) -> None:
+        for byte in body:
+            if self.server.glance.stopping.wait(0.02):
+                break
+            self.wfile.write(bytes((byte,)))
+        self.close_connection = True
 
     def _be_silent(self) -> None:
         self.connection.settimeout(0.05)

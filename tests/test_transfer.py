@@ -319,6 +319,54 @@ def test_stalled_read_ends_at_the_deadline_and_says_what_it_waited_for(
     session.session.close()
 
 
+SLOW = RetryPolicy(num_retries=2, initial_s=0.01, max_s=0.01, rate_window_s=0.3)
+
+
+def test_source_that_only_trickles_is_given_up(glance: FakeGlance, source: GlanceSource) -> None:
+    image = source.get(glance.store(DATA))
+    glance.faults = [Fault(drip=1000)] * 10
+    transfer = Transfer(source, image, 0, SLOW, Cancellation())
+    started = time.monotonic()
+    pieces: list[bytes] = []
+    with pytest.raises(ImageSourceUnavailable, match="bytes a second, less than 4096, at byte"):
+        pieces.extend(transfer)
+    received = b"".join(pieces)
+    assert time.monotonic() - started < 5
+    assert DATA.startswith(received)
+    assert len(received) > 1000
+    assert len(glance.requests) == 3
+
+
+def test_trickle_of_bytes_that_are_there_already_is_given_up_too(
+    glance: FakeGlance, source: GlanceSource
+) -> None:
+    image = source.get(glance.store(DATA))
+    glance.faults = [Fault(drip=0, ignore_range=True)] * 10
+    started = time.monotonic()
+    with pytest.raises(ImageSourceUnavailable, match="bytes a second, less than 4096"):
+        list(Transfer(source, image, 1 << 20, SLOW, Cancellation()))
+    assert time.monotonic() - started < 5
+    assert len(glance.requests) == 3
+
+
+def test_trickle_that_ends_costs_nothing_but_time(glance: FakeGlance, source: GlanceSource) -> None:
+    image = source.get(glance.store(DATA))
+    glance.faults = [Fault(drip=1000), Fault(drip=200_000)]
+    transfer = Transfer(source, image, 0, SLOW, Cancellation())
+    assert b"".join(transfer) == DATA
+    assert transfer.resumes == 2
+
+
+def test_slow_reader_is_not_the_sources_fault(glance: FakeGlance, source: GlanceSource) -> None:
+    image = source.get(glance.store(DATA))
+    received = b""
+    for chunk in Transfer(source, image, 0, SLOW, Cancellation()):
+        time.sleep(0.3)
+        received += chunk
+    assert received == DATA
+    assert len(glance.requests) == 1
+
+
 def test_deadline_ends_a_pause(glance: FakeGlance, source: GlanceSource) -> None:
     image = source.get(glance.store(DATA))
     glance.faults = [Fault(status=503)] * 100

@@ -151,3 +151,22 @@ def _broken_promises() -> Iterator[Case]:
         size_known=False,
     )
     yield case(60, "endless", lambda: Sample(data=CONTENT, answers=(endless,)), too_long)
+    yield Case(
+        number=60,
+        name="endless, of unknown length",
+        disk_format="raw",
+        make=lambda _: Sample(data=CONTENT, answers=(endless,)),
+        refused=f"the flavor's disk only {64 * MIB}",
+        by=By.CACHE,
+        max_virtual_size=64 * MIB,
+        size_known=False,
+    )
+    yield Case(
+        number=60,
+        name="endless qcow2 of unknown length",
+        disk_format="qcow2",
+        make=lambda work: Sample(data=converted(work, "qcow2"), answers=(endless,)),
+        refused="goes on after .* bytes, more than any image of",
+        by=By.CACHE,
+        size_known=False,
+    )
