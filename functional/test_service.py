@@ -190,6 +190,30 @@ def test_started_service_is_ready_and_answers(service: Service) -> None:
     assert service.request("GET", "/healthz")[0] == 200
 
 
+def test_the_doctor_asks_systemd_what_the_unit_allows(service: Service) -> None:
+    def unit(configuration: str) -> dict[str, str]:
+        service.machine.path("/etc/bootwright/doctor.conf").write_text(configuration)
+        done = service.machine.run(
+            [
+                *(f"{ENVIRONMENT}/bin/bootwright", "doctor", "--format", "json"),
+                # There is no D-Bus, by which systemd would tell others than root.
+                *("--user", "root"),
+                *("--config-file", "/etc/bootwright/doctor.conf"),
+            ],
+            check=False,
+        )
+        checks = json.loads(done.stdout)["checks"]
+        assert not [check for check in checks if "could not be looked at" in check["message"]]
+        # Without a libvirt it is not well; the rest is.
+        found = {check["name"]: check["result"] for check in checks}
+        assert (done.returncode, found["libvirt"], found["agent"]) == (5, "error", "ok")
+        return {check["result"]: check["hint"] for check in checks if check["name"] == "unit"}
+
+    assert unit(CONFIGURATION) == {"ok": ""}
+    elsewhere = unit(f"[DEFAULT]\ninstances_path = /srv/vms\n{CONFIGURATION}")
+    assert "ReadWritePaths=/srv/vms" in elsewhere["error"]
+
+
 def test_start_is_not_over_before_leftovers_are_swept(service: Service) -> None:
     service.systemctl("stop")
     leftover = service.machine.path(f"{INSTANCES}/{LEFTOVER}")

@@ -94,7 +94,10 @@ def unit(settings: Settings) -> Iterator[Finding]:
             timeout_s=10,
         )
     except ProgramFailed as e:
-        yield warning("unit", f"systemd does not tell: {e}", "see systemctl status")
+        hint = (
+            "it tells users by D-Bus: install dbus, or ask as root: bootwright doctor --user root"
+        )
+        yield warning("unit", f"systemd does not tell: {e}", hint)
         return
     yield from judge_unit(shown.stdout.decode(errors="replace"), settings)
 
