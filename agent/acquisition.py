@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from agent.base import Base
+from agent.base import Base, check_fits
 from agent.cancellation import Cancellation
 from agent.errors import InvalidJob
 from agent.host import Host
 from agent.image import Image, require_active
-from agent.job import ImageRef
+from agent.job import ImageRef, ImagesType
 from agent.recorder import Recorder
 from agent.report import Progress, Role
 
@@ -47,19 +47,30 @@ class Acquisition:
         return {**images, Role.ROOT: root}
 
     def acquire(
-        self, images: Mapping[Role, Image], *, max_virtual_size: int | None
+        self,
+        images: Mapping[Role, Image],
+        *,
+        images_type: ImagesType,
+        max_virtual_size: int | None,
     ) -> dict[Role, Base]:
         """Return the bases, pinned until `release`, and count that as their last use.
 
+        The root's may be one that the backend for `images_type` has already.
         `max_virtual_size`: bytes, what the root disk will hold; None for any.
 
         Raises:
             BootwrightError: as `ImageCache.acquire`.
         """
-        return {
-            role: self._acquire(role, image, max_virtual_size if role is Role.ROOT else None)
-            for role, image in images.items()
-        }
+        bases: dict[Role, Base] = {}
+        for role, image in images.items():
+            if role is Role.ROOT:
+                direct = self._host.backends[images_type].direct(image)
+                if direct is not None:
+                    check_fits(image, direct.virtual_size, max_virtual_size)
+                bases[role] = direct or self._acquire(role, image, max_virtual_size)
+            else:
+                bases[role] = self._acquire(role, image, None)
+        return bases
 
     def _acquire(self, role: Role, image: Image, max_virtual_size: int | None) -> Base:
         def show(progress: Progress) -> None:

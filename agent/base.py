@@ -25,6 +25,8 @@ class Base:
     """What the source sent for it just now."""
     resumed: int = 0
     """What an earlier run had left."""
+    location: str | None = None
+    """Where a backend has the bytes already: there is no file then, and nobody has read them."""
 
     @property
     def name(self) -> str:

@@ -113,7 +113,9 @@ class Build:
             self._host.hypervisor.require_free(uuid=self._uuid, name=self._name)
         images = self._acquisition.resolve(self._image)
         self._check_flavor(images[Role.ROOT])
-        bases = self._acquisition.acquire(images, max_virtual_size=self._root_limit)
+        bases = self._acquisition.acquire(
+            images, images_type=self._images_type, max_virtual_size=self._root_limit
+        )
         root = bases[Role.ROOT]
         self._recorder.note(
             image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin)

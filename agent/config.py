@@ -19,7 +19,7 @@ import keystoneauth1.exceptions
 from keystoneauth1 import loading
 from oslo_config import cfg, generator, types
 
-from agent import config_files, options
+from agent import ceph, config_files, options
 from agent.config_files import Assignment, ConfigError
 from agent.disk import DiskType
 from agent.job import ConfigDriveFormat, GuestFormat, ImagesType
@@ -34,6 +34,7 @@ from agent.settings import (
     KeyManager,
     LibvirtSettings,
     QemuImgSettings,
+    RbdSettings,
     Settings,
     VolumeSettings,
 )
@@ -139,6 +140,7 @@ class Configuration:
                 ),
                 cache_modes={DiskType(kind): mode for kind, mode in cache_modes.items()},
                 discard=conf.libvirt.hw_disk_discard,
+                rbd=self._rbd(),
             ),
             volumes=self._volumes(),
             encryption=self._encryption(),
@@ -192,6 +194,24 @@ class Configuration:
             for section, opts in self._known.items()
             for opt in opts
         ]
+
+    def _rbd(self) -> RbdSettings | None:
+        libvirt = self._conf.libvirt
+        if libvirt.rbd_user is None:
+            if libvirt.images_type == ImagesType.RBD:
+                raise ConfigError("[libvirt] images_type = rbd needs rbd_user")
+            return None
+        if (missing := ceph.available()) is not None:
+            raise ConfigError(f"[libvirt] rbd_user needs the Debian package {missing}")
+        return RbdSettings(
+            pool=libvirt.images_rbd_pool,
+            ceph_conf=Path(libvirt.images_rbd_ceph_conf) if libvirt.images_rbd_ceph_conf else None,
+            user=libvirt.rbd_user,
+            secret_uuid=libvirt.rbd_secret_uuid,
+            connect_timeout_s=float(libvirt.rbd_connect_timeout),
+            busy_retries=libvirt.rbd_destroy_volume_retries,
+            busy_interval_s=float(libvirt.rbd_destroy_volume_retry_interval),
+        )
 
     def _glance(self) -> GlanceSettings:
         glance = self._conf.glance

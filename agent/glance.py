@@ -74,6 +74,12 @@ _Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else va
 _Count = Annotated[int, Field(ge=0)]
 
 
+class _Location(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    url: str
+
+
 class _Record(BaseModel):
     """An image as the v2 API describes it, as far as it matters here."""
 
@@ -91,6 +97,8 @@ class _Record(BaseModel):
     os_hash_algo: str | None = None
     os_hash_value: str | None = None
     checksum: str | None = None
+    direct_url: str | None = None
+    locations: list[_Location] = Field(default_factory=list)
 
 
 class _List(BaseModel):
@@ -363,7 +371,13 @@ def _image(answer: Mapping[str, object], image_id: str) -> Image:
             for key, value in (record.model_extra or {}).items()
             if key not in _CORE and isinstance(value, str)
         },
+        locations=_locations(record),
     )
+
+
+def _locations(record: _Record) -> tuple[str, ...]:
+    urls = [record.direct_url, *(location.url for location in record.locations)]
+    return tuple(dict.fromkeys(url for url in urls if url and url.startswith("rbd://")))
 
 
 def _digest(record: _Record) -> tuple[str, str] | None:

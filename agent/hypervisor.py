@@ -11,6 +11,7 @@ while a connection is being opened. A thread for each call bounds both, for
 some 50 µs beside the millisecond of the call itself.
 """
 
+import base64
 import contextlib
 import logging
 import queue
@@ -79,6 +80,12 @@ class Domain(Protocol):
     def metadata(self, type: int, uri: str) -> str: ...  # noqa: A002
 
 
+class Secret(Protocol):
+    """The calls in use of `libvirt.virSecret`."""
+
+    def setValue(self, value: bytes) -> int: ...  # noqa: N802
+
+
 class Network(Protocol):
     """The calls in use of `libvirt.virNetwork`."""
 
@@ -100,6 +107,8 @@ class Connection(Protocol):
     def lookupByName(self, name: str) -> Domain: ...  # noqa: N802
     def listAllDomains(self) -> list[Domain]: ...  # noqa: N802
     def defineXML(self, xml: str) -> Domain: ...  # noqa: N802
+    def secretLookupByUUIDString(self, uuid: str) -> Secret: ...  # noqa: N802
+    def secretDefineXML(self, xml: str) -> Secret: ...  # noqa: N802
     def networkLookupByName(self, name: str) -> Network: ...  # noqa: N802
 
 
@@ -303,6 +312,24 @@ class Hypervisor:
             domain.blockResize(device_name, virtual_size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
 
         self._work(f"growing disk {device_name} of domain {uuid} at", work)
+
+    def ensure_secret(self, uuid: str, usage: str, value: bytes) -> None:
+        """Make sure that there is a secret for Ceph of that uuid, with that value."""
+        xml = (
+            f"<secret ephemeral='no' private='yes'><uuid>{uuid}</uuid>"
+            f"<usage type='ceph'><name>{usage}</name></usage></secret>"
+        )
+
+        def work(connection: Connection) -> None:
+            try:
+                secret = connection.secretLookupByUUIDString(uuid)
+            except libvirt.libvirtError as e:
+                if e.get_error_code() != libvirt.VIR_ERR_NO_SECRET:
+                    raise
+                secret = connection.secretDefineXML(xml)
+            secret.setValue(base64.b64decode(value))
+
+        self._work(f"giving secret {uuid} to", work)
 
     def start(self, uuid: str) -> None:
         """Return when a defined domain has started; one that runs is left alone."""

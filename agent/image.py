@@ -29,6 +29,8 @@ class Image:
     """MiB."""
     digest: tuple[str, str] | None = None
     properties: Mapping[str, str] = field(default_factory=dict)
+    locations: tuple[str, ...] = ()
+    """Where its bytes lie in a Ceph cluster, `rbd://…`; others may hold passwords."""
 
     @property
     def kernel_id(self) -> str | None:

@@ -15,8 +15,10 @@ from agent.backends.flat import Flat
 from agent.backends.lvm import Clear, Lvm
 from agent.backends.ploop import Ploop
 from agent.backends.qcow2 import Qcow2
+from agent.backends.rbd import Rbd
 from agent.cancellation import Cancellation
 from agent.castellan_keys import CastellanKeys
+from agent.ceph import Cluster
 from agent.disk import DiskType
 from agent.errors import AgentStopping, BackendError
 from agent.files import supports_direct
@@ -38,7 +40,13 @@ from agent.pruner import Pruner
 from agent.qemu_img import QemuImg
 from agent.scrub import Scrub
 from agent.service import Agent
-from agent.settings import EncryptionSettings, ImageCacheSettings, KeyManager, Settings
+from agent.settings import (
+    EncryptionSettings,
+    ImageCacheSettings,
+    KeyManager,
+    RbdSettings,
+    Settings,
+)
 from agent.space import Space
 from agent.store import Store
 from agent.transfer import RetryPolicy
@@ -186,7 +194,7 @@ class _Parts:
         )
         host = Host(
             image_cache=self.image_cache,
-            backends=_backends(settings, qemu_img, self.lvm),
+            backends=_backends(settings, qemu_img, hypervisor, self.lvm),
             instances=self.instances,
             hypervisor=hypervisor,
             touch=touch,
@@ -312,7 +320,9 @@ def _helpers(settings: Settings) -> list[HelperContext]:
     return [base_owner] if settings.volumes is None else [base_owner, volumes]
 
 
-def _backends(settings: Settings, qemu_img: QemuImg, lvm: Lvm | None) -> Backends:
+def _backends(
+    settings: Settings, qemu_img: QemuImg, hypervisor: Hypervisor, lvm: Lvm | None
+) -> Backends:
     backends: dict[ImagesType, Backend] = {
         ImagesType.QCOW2: Qcow2(qemu_img, preallocate=settings.preallocate),
         ImagesType.RAW: Flat(preallocate=settings.preallocate),
@@ -320,6 +330,8 @@ def _backends(settings: Settings, qemu_img: QemuImg, lvm: Lvm | None) -> Backend
     }
     if lvm is not None:
         backends[ImagesType.LVM] = lvm
+    if settings.libvirt.rbd is not None:
+        backends[ImagesType.RBD] = _rbd(settings.libvirt.rbd, settings, hypervisor)
     return Backends(backends, only=None if settings.encryption is None else ImagesType.LVM)
 
 
@@ -334,6 +346,20 @@ def _lvm(settings: Settings) -> Lvm | None:
         clear=Clear(settings.volumes.clear),
         clear_size=settings.volumes.clear_size,
         keys=None if settings.encryption is None else _instance_keys(settings.encryption),
+    )
+
+
+def _rbd(rbd: RbdSettings, settings: Settings, hypervisor: Hypervisor) -> Rbd:
+    usage = f"client.{rbd.user} of bootwright"
+    return Rbd(
+        Cluster(rbd.ceph_conf, rbd.user, connect_timeout_s=rbd.connect_timeout_s),
+        pool=rbd.pool,
+        secret_uuid=rbd.secret_uuid,
+        share_key=lambda uuid, key: hypervisor.ensure_secret(uuid, usage, key),
+        scratch=settings.instances_path,
+        clones=True,
+        busy_retries=rbd.busy_retries,
+        busy_interval_s=rbd.busy_interval_s,
     )
 
 

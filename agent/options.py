@@ -124,6 +124,7 @@ _LIBVIRT: Final[list[cfg.Opt]] = [
             ("raw", "a copy of the base, as a reflink where the filesystem can"),
             ("lvm", "a logical volume in images_volume_group"),
             ("ploop", "a copy of the base in a ploop image, with the tools of package ploop"),
+            ("rbd", "an image in a Ceph cluster: needs rbd_user"),
         ],
         help="How disks are made when the job does not say.",
     ),
@@ -153,6 +154,51 @@ _LIBVIRT: Final[list[cfg.Opt]] = [
         min=0,
         max=1 << 30,
         help="MiB from the beginning of a logical volume that volume_clear is for; 0 for all.",
+    ),
+    cfg.StrOpt(
+        "rbd_user",
+        regex=r"^[A-Za-z0-9_.-]+$",
+        help="User of the Ceph cluster, without client. in front; the agent has to be able to read "
+        "its keyring. If it is set jobs may ask for images_type rbd.",
+    ),
+    cfg.StrOpt(
+        "rbd_secret_uuid",
+        regex=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$",
+        help="UUID of libvirt's secret with the key of rbd_user, made if it is missing; one that "
+        "follows from the cluster and the user if not set.",
+    ),
+    cfg.StrOpt(
+        "images_rbd_pool",
+        default="rbd",
+        regex=r"^[A-Za-z0-9_.-]+$",
+        help="Pool of the disks.",
+    ),
+    cfg.StrOpt(
+        "images_rbd_ceph_conf",
+        regex=ABSOLUTE_PATH,
+        help="Configuration of the Ceph cluster: an absolute path. Where Ceph itself looks if not "
+        "set.",
+    ),
+    cfg.IntOpt(
+        "rbd_connect_timeout",
+        default=5,
+        min=1,
+        max=300,
+        help="Seconds to wait for a connection to the Ceph cluster.",
+    ),
+    cfg.IntOpt(
+        "rbd_destroy_volume_retries",
+        default=12,
+        min=0,
+        max=1000,
+        help="How often the removal of an image that somebody has open is tried again.",
+    ),
+    cfg.IntOpt(
+        "rbd_destroy_volume_retry_interval",
+        default=5,
+        min=0,
+        max=600,
+        help="Seconds between two such attempts.",
     ),
     cfg.ListOpt(
         "disk_cachemodes",

@@ -65,7 +65,9 @@ def _rebuild(change: Change, record: InstanceRecord, acquisition: Acquisition) -
     state = change.state(record)
     images = acquisition.resolve(change.request.image)
     _require_same_hardware(record, images[Role.ROOT].properties)
-    bases = acquisition.acquire(images, max_virtual_size=record.root.virtual_size)
+    bases = acquisition.acquire(
+        images, images_type=record.root.backend, max_virtual_size=record.root.virtual_size
+    )
     root = bases[Role.ROOT]
     recorder.note(image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin))
     recorder.phase(TaskState.REBUILDING)

@@ -89,7 +89,7 @@ def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> 
     host, recorder = change.host, change.recorder
     recorder.phase(TaskState.IMAGE_RESOLVING)
     images = acquisition.resolve(change.request.image or ImageRef(id=record.image_id))
-    bases = acquisition.acquire(images, max_virtual_size=None)
+    bases = acquisition.acquire(images, images_type=record.images_type, max_virtual_size=None)
     root = bases[Role.ROOT]
     recorder.note(image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin))
     recorder.phase(TaskState.RESCUING)

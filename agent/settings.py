@@ -21,6 +21,19 @@ class ImageSourceName(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RbdSettings:
+    pool: str
+    ceph_conf: Path | None
+    """None for Ceph's own places."""
+    user: str
+    secret_uuid: str | None
+    """None: made from the cluster's id and the user."""
+    connect_timeout_s: float
+    busy_retries: int
+    busy_interval_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LibvirtSettings:
     connection_uri: str
     virt_type: str
@@ -31,6 +44,8 @@ class LibvirtSettings:
     """Of the kinds of disks that have one configured."""
     discard: str | None
     """ignore or unmap; None leaves it to QEMU."""
+    rbd: RbdSettings | None
+    """None: no disks in Ceph."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

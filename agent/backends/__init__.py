@@ -11,6 +11,7 @@ from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.disk import Disk, DiskType, Home, RbdAccess
 from agent.errors import InvalidJob
+from agent.image import Image
 from agent.job import ImagesType
 from agent.report import Role
 
@@ -25,6 +26,14 @@ class Backend(Protocol):
     every method may be called again after a crash at any instant. What bears a
     disk's name and is not the agent's is neither used nor removed.
     """
+
+    def direct(self, image: Image) -> Base | None:
+        """Return a base that disks here can be made of without fetching the image, if there is one.
+
+        Raises:
+            BackendError: whether there is cannot be found out.
+        """
+        ...
 
     def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:
         """Return what a disk will be; nothing is made, nothing is looked at.

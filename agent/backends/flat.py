@@ -16,6 +16,7 @@ from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.disk import Disk, Home, RbdAccess
 from agent.errors import BackendError
+from agent.image import Image
 from agent.job import ImagesType
 from agent.report import Role
 
@@ -30,6 +31,9 @@ class Flat:
     def __init__(self, *, preallocate: bool = False) -> None:
         """`preallocate`: take the space of a whole disk when it is made."""
         self._preallocate = preallocate
+
+    def direct(self, image: Image) -> Base | None:  # noqa: ARG002
+        return None
 
     def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:
         if base is not None:

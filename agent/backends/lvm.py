@@ -28,6 +28,7 @@ from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.disk import Disk, DiskType, Home, RbdAccess
 from agent.errors import BackendError, InsufficientFreeSpace
+from agent.image import Image
 from agent.instance_keys import InstanceKeys
 from agent.job import ImagesType
 from agent.report import Role
@@ -93,6 +94,9 @@ class Lvm:
         self._busy: collections.Counter[str] = collections.Counter()
         self._tidied: set[str] = set()
         self._base_locks: dict[str, threading.Lock] = {}
+
+    def direct(self, image: Image) -> Base | None:  # noqa: ARG002
+        return None
 
     def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:
         disk_file.path_of(home, name)  # for what it says of the name

@@ -25,6 +25,7 @@ from agent.cancellation import Cancellation
 from agent.confinement import Confinement
 from agent.disk import Disk, Home, RbdAccess
 from agent.errors import BackendError
+from agent.image import Image
 from agent.job import ImagesType
 from agent.qemu_img import QemuImg
 from agent.report import Role
@@ -57,6 +58,9 @@ class Ploop:
     def __init__(self, qemu_img: QemuImg) -> None:
         self._qemu_img = qemu_img
         self._flat = Flat()
+
+    def direct(self, image: Image) -> Base | None:  # noqa: ARG002
+        return None
 
     def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:
         """Return what a disk will be; its size is rounded up to whole MiB, as ploop counts."""

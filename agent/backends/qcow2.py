@@ -9,6 +9,7 @@ from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.disk import Disk, Home, Link, RbdAccess
 from agent.errors import BackendError
+from agent.image import Image
 from agent.job import ImagesType
 from agent.qemu_img import QemuImg
 from agent.report import Role
@@ -25,6 +26,9 @@ class Qcow2:
         self._qemu_img = qemu_img
         self._preallocate = preallocate
         self._flat = Flat(preallocate=preallocate)
+
+    def direct(self, image: Image) -> Base | None:  # noqa: ARG002
+        return None
 
     def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:
         if base is None:

@@ -20,11 +20,16 @@ import glanceclient
 from keystoneauth1.noauth import NoAuth
 from keystoneauth1.session import Session
 
+from functional.harness.ceph import USER as CEPH_USER
+from functional.harness.ceph import Ceph
 from functional.harness.keystone import Keystone
 from functional.harness.openstack_venv import copy_prepared, install
 from functional.harness.wsgi_server import AccessLog, Answered, WsgiServer
 
 __all__ = ["Glance", "install"]
+
+
+_DIST_PACKAGES = Path("/usr/lib/python3/dist-packages")
 
 
 class _Images(Protocol):
@@ -47,6 +52,7 @@ class Glance:
         root: a directory that does not exist yet; holds the database, images and logs.
         keystone: a running one, to check tokens with; None for no authentication.
         show_locations: whether metadata tells where image data is (`direct_url`, `locations`).
+        ceph: where it keeps images, in the pool `images`; None for files.
 
     Attributes:
         url: without `/v2` and without a slash at the end.
@@ -60,14 +66,18 @@ class Glance:
         *,
         keystone: Keystone | None = None,
         show_locations: bool = False,
+        ceph: Ceph | None = None,
     ) -> None:
         copy_prepared(venv, "glance", _create, root)
-        _write_config(venv, root, keystone, show_locations=show_locations)
+        _write_config(venv, root, keystone, show_locations=show_locations, ceph=ceph)
         self._server = WsgiServer(
             venv=venv,
             application="glance.wsgi.api:application",
             root=root,
-            environment={"OS_GLANCE_CONFIG_DIR": str(root)},
+            environment={
+                "OS_GLANCE_CONFIG_DIR": str(root),
+                **({} if ceph is None else {"PYTHONPATH": str(_ceph_modules(root))}),
+            },
             health_path="/healthcheck",
         )
         self._keystone = keystone
@@ -198,23 +208,45 @@ class Glance:
         self._images.delete(image_id)
 
 
+def _ceph_modules(root: Path) -> Path:
+    """A directory with Ceph's Python modules, for a virtualenv without Debian's other ones."""
+    directory = root / "ceph-modules"
+    directory.mkdir()
+    for name in ("rados", "rbd"):
+        [module] = _DIST_PACKAGES.glob(f"{name}.cpython-*.so")
+        (directory / module.name).symlink_to(module)
+    return directory
+
+
 def _file_path(image_id: str) -> str:
     return f"/v2/images/{image_id}/file"
 
 
 def _write_config(
-    venv: Path, root: Path, keystone: Keystone | None, *, show_locations: bool
+    venv: Path,
+    root: Path,
+    keystone: Keystone | None,
+    *,
+    show_locations: bool,
+    ceph: Ceph | None = None,
 ) -> Path:
     path = root / "glance-api.conf"
+    kind, store = "file", f"filesystem_store_datadir = {root}/images"
+    if ceph is not None:
+        kind = "rbd"
+        store = f"""\
+rbd_store_pool = images
+rbd_store_user = {CEPH_USER}
+rbd_store_ceph_conf = {ceph.conf}"""
     text = f"""\
 [DEFAULT]
-enabled_backends = local:file
+enabled_backends = local:{kind}
 show_image_direct_url = {show_locations}
 show_multiple_locations = {show_locations}
 [glance_store]
 default_backend = local
 [local]
-filesystem_store_datadir = {root}/images
+{store}
 [os_glance_staging_store]
 filesystem_store_datadir = {root}/staging
 [os_glance_tasks_store]

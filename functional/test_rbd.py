@@ -1,0 +1,230 @@
+"""Disks in a real Ceph cluster: the contract of backends, and guests that boot off them."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lxml import etree
+
+from agent import ceph as modules
+from agent.backends.rbd import Rbd
+from agent.ceph import Cluster
+from agent.disk import Disk, Home
+from agent.errors import BackendError
+from functional.conftest import CACHE, Images, MakeAgent, boot_files
+from functional.harness import glance as glances
+from functional.harness.agent import USER, Agent
+from functional.harness.ceph import Ceph
+from functional.harness.console import wait_ready
+from functional.harness.glance import Glance
+from functional.harness.guest import Guest
+from functional.harness.libvirtd import PrivateLibvirtd
+from tests.backend_contract import *  # noqa: F403 - the contract suite
+from tests.backend_contract import base, prepared
+
+GIB = 1 << 30
+UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
+POOL = "vms"
+
+
+@pytest.fixture(scope="module")
+def ceph(work: Path) -> Iterator[Ceph]:
+    with Ceph(work / "ceph") as ceph:
+        ceph.make_user(USER, group=USER)
+        yield ceph
+
+
+@pytest.fixture(scope="module")
+def cluster(ceph: Ceph) -> Cluster:
+    return Cluster(ceph.conf, USER, connect_timeout_s=5)
+
+
+def rbd_module() -> Any:
+    assert modules.available() is None
+    return __import__("rbd")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RbdSite:
+    """See `BackendSite`."""
+
+    backend: Rbd
+    home: Home
+    bases: Path
+    cluster: Cluster
+
+    def read(self, disk: Disk) -> bytes:
+        with self.cluster.pool(POOL) as pool, rbd_module().Image(pool.context, disk.path.name) as i:
+            data: bytes = i.read(0, i.size())
+            return data
+
+    def write(self, disk: Disk, data: bytes) -> None:
+        with self.cluster.pool(POOL) as pool, rbd_module().Image(pool.context, disk.path.name) as i:
+            i.write(data, 0)
+
+    def found(self) -> set[str]:
+        with self.cluster.pool(POOL) as pool:
+            return set(pool.names())
+
+    def occupy(self, disk: Disk) -> None:
+        with self.cluster.pool(POOL) as pool:
+            pool.create(disk.path.name, 1 << 20)
+
+
+@pytest.fixture
+def site(cluster: Cluster, tmp_path: Path) -> Iterator[RbdSite]:
+    (tmp_path / "_base").mkdir()
+    backend = Rbd(
+        cluster,
+        pool=POOL,
+        secret_uuid=None,
+        share_key=lambda _uuid, _key: None,
+        scratch=tmp_path,
+        clones=True,
+        busy_retries=20,
+        busy_interval_s=0.1,
+    )
+    home = Home(uuid=UUID, directory=tmp_path / UUID)
+    site = RbdSite(backend=backend, home=home, bases=tmp_path / "_base", cluster=cluster)
+    yield site
+    with cluster.pool(POOL) as pool:
+        for name in pool.names():
+            pool.remove(name)
+
+
+def test_image_that_was_left_half_made_is_made_anew(site: RbdSite) -> None:
+    content = base(site)
+    with site.cluster.pool(POOL) as pool:
+        pool.create(f".bootwright-{UUID}_disk", 1 << 20)
+    disk = prepared(site, content)
+    assert site.found() == {disk.path.name}
+    assert site.read(disk).startswith(content.path.read_bytes())
+
+
+def test_image_that_somebody_has_open_is_removed_when_it_is_closed(site: RbdSite) -> None:
+    disk = prepared(site, base(site))
+    opened = threading.Event()
+
+    def hold() -> None:
+        with site.cluster.pool(POOL) as pool, rbd_module().Image(pool.context, disk.path.name):
+            opened.set()
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    opened.wait()
+    site.backend.remove(disk, site.home)
+    thread.join()
+    assert site.found() == set()
+
+
+def test_wrong_key_is_told_at_once(ceph: Ceph, tmp_path: Path) -> None:
+    keyring = tmp_path / "keyring"
+    wrong = "AQBbKXVmAAAAABAA0v6u0l0hbD9T0tX2Zw0m8w=="
+    keyring.write_text(f"[client.{USER}]\n\tkey = {wrong}\n")
+    conf = tmp_path / "ceph.conf"
+    conf.write_text(ceph.conf.read_text() + f"[client]\nkeyring = {keyring}\n")
+    began = time.monotonic()
+    with pytest.raises(BackendError, match=f"connecting to Ceph as client.{USER}"):
+        Cluster(conf, USER, connect_timeout_s=3).monitors()
+    assert time.monotonic() - began < 10
+
+
+@pytest.fixture
+def agent(make_agent: MakeAgent, ceph: Ceph) -> Agent:
+    """An agent whose disks are in the cluster; its Glance has files."""
+    return make_agent(options={"libvirt": options(ceph)})
+
+
+def options(ceph: Ceph) -> dict[str, object]:
+    return {
+        "images_type": "rbd",
+        "rbd_user": USER,
+        "images_rbd_pool": POOL,
+        "images_rbd_ceph_conf": ceph.conf,
+        "rbd_destroy_volume_retry_interval": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def rbd_glance(ceph: Ceph, work: Path) -> Iterator[Glance]:
+    venv = glances.install(CACHE / "openstack")
+    with Glance(venv, work / "glance-rbd", show_locations=True, ceph=ceph) as glance:
+        yield glance
+
+
+@pytest.fixture
+def cloning_agent(make_agent: MakeAgent, ceph: Ceph, rbd_glance: Glance) -> Agent:
+    """An agent whose Glance keeps its images in the same cluster."""
+    return make_agent(
+        options={"libvirt": options(ceph), "glance": {"endpoint_override": rbd_glance.url}}
+    )
+
+
+def job(image_id: str) -> dict[str, Any]:
+    return {
+        "instance": {"name": "web-1"},
+        "flavor": {"vcpus": 1, "ram": 192, "disk": 2, "ephemeral": [{"size": 1}], "swap": 64},
+        "image": {"id": image_id},
+        "networks": [],
+    }
+
+
+def boot(agent: Agent, ceph: Ceph, image_id: str, guest: Guest) -> dict[str, Any]:
+    """Boot an image on three disks in the cluster; see that the guest finds them right."""
+    result = agent.boot(job(image_id))
+    seen = wait_ready(lambda: agent.run("instance", "console", "web-1").stdout)
+    uuid = result["instance"]["uuid"]
+    root = next(disk for disk in result["disks"] if disk["role"] == "root")
+    assert (root["path"], root["format"]) == (f"{POOL}/{uuid}_disk", "raw")
+    assert seen.content_sha256 == guest.content_sha256
+    assert seen.disks == {"vda": 2 * GIB, "vdb": GIB, "vdc": 64 << 20}
+    assert seen.filesystem > 1.8 * GIB
+    assert ceph.images(POOL) == {f"{uuid}_disk", f"{uuid}_disk.eph0", f"{uuid}_disk.swap"}
+    return dict(result)
+
+
+def test_guest_boots_off_an_image_that_was_imported(
+    agent: Agent, ceph: Ceph, images: Images, guest: Guest
+) -> None:
+    result = boot(agent, ceph, images.root, guest)
+    assert result["image"]["source"] == "glance"
+    agent.json("instance", "resize", "web-1", "--flavor", "1x192x3")
+    [size] = [
+        image["size"]
+        for image in json.loads(ceph.rbd("ls", "-l", "--format", "json", POOL))
+        if image["image"].endswith("_disk")
+    ]
+    assert size == 3 * GIB
+    agent.json("instance", "delete", "web-1")
+    assert ceph.images(POOL) == set()
+
+
+def test_guest_boots_off_a_clone_of_glances_own_image_and_nothing_is_fetched(
+    cloning_agent: Agent, ceph: Ceph, rbd_glance: Glance, guest: Guest, libvirtd: PrivateLibvirtd
+) -> None:
+    kernel = rbd_glance.upload(guest.kernel, disk_format="aki", container_format="aki")
+    ramdisk = rbd_glance.upload(guest.ramdisk, disk_format="ari", container_format="ari")
+    properties = boot_files(kernel, ramdisk)
+    image_id = rbd_glance.upload(guest.root, disk_format="raw", properties=properties)
+
+    result = boot(cloning_agent, ceph, image_id, guest)
+
+    assert result["image"]["source"] == "rbd"
+    assert rbd_glance.downloads(image_id) == 0
+    assert not cloning_agent.base(image_id).exists()
+    uuid = result["instance"]["uuid"]
+    info = json.loads(ceph.rbd("info", "--format", "json", f"{POOL}/{uuid}_disk"))
+    assert (info["parent"]["pool"], info["parent"]["image"]) == ("images", image_id)
+    xml = etree.fromstring(libvirtd.virsh("dumpxml", "web-1"))
+    [secret] = {str(each.get("uuid")) for each in xml.iterfind("devices/disk/source/auth/secret")}
+    assert secret in libvirtd.virsh("secret-list")
+    keyring = (ceph.root / f"client.{USER}.keyring").read_text()
+    assert keyring.split()[-1] not in cloning_agent.log
+    cloning_agent.json("instance", "delete", "web-1")
+    assert ceph.images(POOL) == set()
