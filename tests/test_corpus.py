@@ -19,7 +19,7 @@ from agent.manifest import base_name
 from agent.qemu_img import QemuImg
 from tests import cache_kit
 from tests.cache_kit import CacheKit
-from tests.corpus import CASES, By, Case, Sample
+from tests.corpus import CASES, ELSEWHERE, VERDICTS, By, Case, Sample
 from tests.corpus.case import GIB, MIB
 from tests.corpus.qcow2_images import expanding
 
@@ -161,6 +161,20 @@ def test_case(case: Case, tmp_path: Path) -> None:
         assert EXECUTIONS.of_qemu() == []
     assert list(kit.store.entries()) == []
     assert not kit.store.path_of(base_name(image.id)).exists()
+
+
+def test_every_number_has_its_verdict_and_a_test() -> None:
+    here = {case.number for case in CASES} - {0}
+    assert here | ELSEWHERE.keys() == set(range(1, 68))
+    assert here == VERDICTS.keys()
+    for number, verdict in VERDICTS.items():
+        found = {case.refused is None for case in CASES if case.number == number}
+        assert found == verdict, f"case {number}"
+    for test in (test for tests in ELSEWHERE.values() for test in tests):
+        file, _, function = test.partition("::")
+        assert f"\ndef {function}(" in (Path(__file__).parent / file).read_text(), test
+    # A reason of its own: no pattern that would fit whatever is said.
+    assert not [case for case in CASES if case.refused is not None and len(case.refused) < 4]
 
 
 def test_the_watch_sees_what_is_started(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def _claims() -> Iterator[Case]:
 def _sizes() -> Iterator[Case]:
     for size in ((1 << 63) - 512, (1 << 64) - 512, 1 << 63, (64 << 40) + 512):
         yield _case(39, f"size {size:#x}", partial(with_fields, honest(), size=size), "L1 entries")
-    for size in (0, MIB + 1):
+    for size in (0, MIB + 1, (1 << 63) - 1):
         yield _case(
             39,
             f"size {size}",
