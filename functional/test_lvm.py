@@ -2,29 +2,40 @@
 
 import os
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from functional.conftest import CACHE
 from functional.harness import uml
-from functional.harness.agent import CHECKOUT
+from functional.harness.agent import CHECKOUT, make_user
+from functional.harness.guest import Guest
 
 _INSIDE = Path(__file__).parent / "inside"
 _LIMIT_S = 280.0
 
 
-def run_inside(tmp_path: Path, *modules: str, udev: bool = False, memory_mib: int = 512) -> None:
-    """Run test modules in there, and fail as they do."""
-    disk = tmp_path / "disk"
+def run_inside(
+    tmp_path: Path,
+    module: str,
+    *,
+    udev: bool = False,
+    memory_mib: int = 512,
+    writable: Sequence[Path] = (),
+) -> None:
+    """Run a test module in there, and fail as it does."""
+    disk = tmp_path / f"{module}.disk"
     with disk.open("wb") as file:
-        file.truncate(512 << 20)
+        file.truncate(200 << 20)
     done = uml.run(
         [
             *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5"),
-            *(_INSIDE / module for module in modules),
+            _INSIDE / module,
         ],
         disks=[disk],
+        writable=writable,
         environment={
             "BOOTWRIGHT_INSIDE": "1",
             "BOOTWRIGHT_CACHE": os.fspath(CACHE),
@@ -62,4 +73,18 @@ def test_kernel_that_does_not_come_to_an_end_is_killed() -> None:
 
 
 def test_volumes(tmp_path: Path) -> None:
-    run_inside(tmp_path, "test_lvm_contract.py")
+    """Two kernels at a time: each has one processor."""
+    with ThreadPoolExecutor() as pool:
+        runs = [
+            pool.submit(run_inside, tmp_path, module)
+            for module in ("test_lvm_contract.py", "test_lvm.py")
+        ]
+    for run in runs:
+        run.result()
+
+
+def test_domains(tmp_path: Path, guest: Guest) -> None:
+    make_user()
+    libvirt_cache = CACHE / "libvirt-uml"
+    libvirt_cache.mkdir(exist_ok=True)
+    run_inside(tmp_path, "test_lvm_boot.py", udev=True, memory_mib=1024, writable=[libvirt_cache])

@@ -55,6 +55,8 @@ _DISK: Final = re.compile(rf"{_UUID}_[a-z][a-z0-9._]{{0,31}}")
 _BASE: Final = re.compile(r"base_[0-9a-f]{40}")
 _SECTOR: Final = 512
 _BLKZEROOUT: Final = 0x127F  # linux/fs.h
+_METADATA_FULL: Final = 95.0
+"""Percent. A pool that runs out of metadata takes no data either, and has to be repaired."""
 _CRYPTSETUP_GONE: Final = 4
 
 # A grown volume is not whole until what it has gained reads as zeros. Where that
@@ -318,8 +320,9 @@ def _look() -> tuple[int, int, int, list[Row], list[str]]:
         name, attributes = line["lv_name"], line["lv_attr"]
         if pool is not None and name == pool and attributes[0] == "t":
             found = True
-            used = max(float(line["data_percent"]), float(line["metadata_percent"]))
-            free = int(int(line["lv_size"]) * (100 - used) / 100)
+            free = int(int(line["lv_size"]) * (100 - float(line["data_percent"])) / 100)
+            if float(line["metadata_percent"]) > _METADATA_FULL:
+                free = 0
             zeroing = int(attributes[7] == "z")
         tags = line["lv_tags"].split(",")
         if TAG in tags:

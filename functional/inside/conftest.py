@@ -23,7 +23,7 @@ def tool(*words: str) -> str:
 def _group() -> None:
     """A volume group on the first disk."""
     tool("vgcreate", "--quiet", GROUP, str(uml.DISK))
-    tool("lvcreate", "--quiet", "--yes", "--type=thin-pool", "--size=100M", f"--name={POOL}", GROUP)
+    tool("lvcreate", "--quiet", "--yes", "--type=thin-pool", "--size=64M", f"--name={POOL}", GROUP)
 
 
 @pytest.fixture(scope="session")
