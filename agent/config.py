@@ -245,6 +245,7 @@ class Configuration:
             interfaces=tuple(glance.valid_interfaces or ()),
             region_name=glance.region_name,
             num_retries=glance.num_retries,
+            max_connections_per_image=glance.max_connections_per_image,
             timeout_s=glance.timeout,
             stall_timeout_s=glance.stall_timeout,
         )

@@ -118,8 +118,8 @@ class DirectorySource:
             raise ImageCorrupt(f"{path} is the record of image {record.id}")
         return _image(record)
 
-    def open(self, image: Image, offset: int) -> "DirectoryBody":
-        """Ask for the bytes from `offset` on.
+    def open(self, image: Image, offset: int, end: int | None = None) -> "DirectoryBody":  # noqa: ARG002
+        """Ask for the bytes from `offset` on; they come up to the image's end in any case.
 
         Raises:
             ImageNotFound: the image has been removed meanwhile.

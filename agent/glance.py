@@ -204,8 +204,8 @@ class GlanceSource:
             _List.model_validate(response.json())
             return clock(response)
 
-    def open(self, image: Image, offset: int) -> "GlanceBody":
-        """Ask for the bytes from `offset` on.
+    def open(self, image: Image, offset: int, end: int | None = None) -> "GlanceBody":
+        """Ask for the bytes from `offset` on, up to `end`.
 
         The body says where it really starts: a Glance whose store has no
         ranges sends the image from its beginning.
@@ -224,22 +224,24 @@ class GlanceSource:
             return self._asking(turn, what)
 
         with asking():
-            response = self._request(endpoint, image, offset, what)
-            if offset and _no_ranges(response):
+            response = self._request(endpoint, image, _range(offset, end), what)
+            if offset and end is None and _no_ranges(response):
                 response.close()
-                response = self._request(endpoint, image, 0, what)
+                response = self._request(endpoint, image, None, what)
             try:
                 return GlanceBody(response, _offset(response, image, what), what, asking)
             except BaseException:
                 response.close()
                 raise
 
-    def _request(self, endpoint: str, image: Image, offset: int, what: str) -> requests.Response:
+    def _request(
+        self, endpoint: str, image: Image, range_: str | None, what: str
+    ) -> requests.Response:
         # A body may not come compressed: its bytes are what the hash is of,
         # and what the offsets count.
         headers = {"Accept": "application/octet-stream", "Accept-Encoding": "identity"}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
+        if range_ is not None:
+            headers["Range"] = range_
         url = f"{endpoint}/v2/images/{image.id}/file"
         for _ in range(1 + _REDIRECTS):
             response = self._session.get(
@@ -387,6 +389,12 @@ def _digest(record: _Record) -> tuple[str, str] | None:
     if known and record.os_hash_value:
         return algorithm, record.os_hash_value.lower()
     return ("md5", record.checksum.lower()) if record.checksum else None
+
+
+def _range(offset: int, end: int | None) -> str | None:
+    if end is not None:
+        return f"bytes={offset}-{end - 1}"
+    return f"bytes={offset}-" if offset else None
 
 
 def _offset(response: requests.Response, image: Image, what: str) -> int:

@@ -69,6 +69,7 @@ class ImageCache:
         policy: RetryPolicy,
         require_hash: bool,
         max_concurrent_fetches: int,
+        max_connections_per_image: int,
     ) -> None:
         self._store = store
         self._usage = usage
@@ -78,6 +79,7 @@ class ImageCache:
         self._converter = converter
         self._policy = policy
         self._require_hash = require_hash
+        self._max_connections_per_image = max_connections_per_image
         self._slots = threading.BoundedSemaphore(max_concurrent_fetches)
         self._lock = threading.Lock()
         self._flights: dict[str, Flight] = {}
@@ -310,6 +312,7 @@ class ImageCache:
             policy=self._policy,
             cancellation=flight.cancellation,
             require_hash=self._require_hash,
+            max_connections=self._max_connections_per_image,
             on_header=flight.header_seen,
             reserve=reservation.need,
             on_advance=flight.advance,

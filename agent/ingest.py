@@ -39,8 +39,9 @@ from agent.intake.decoded import DecodedIntake
 from agent.intake.plain import PLAIN_FORMATS, Converter, PlainIntake
 from agent.partial import Partial
 from agent.qcow2_decoder import Unsupported
+from agent.ranges import RangedTransfer
 from agent.report import TaskState
-from agent.transfer import ImageSource, RetryPolicy, Transfer
+from agent.transfer import ImageSource, RetryPolicy
 
 LOG = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class Ingest:
         policy: RetryPolicy,
         cancellation: Cancellation,
         require_hash: bool,
+        max_connections: int,
         on_header: Callable[[int], None],
         reserve: Callable[[int], None],
         on_advance: Callable[[Advance], None],
@@ -109,6 +111,7 @@ class Ingest:
         self._policy = policy
         self._cancellation = cancellation
         self._require_hash = require_hash
+        self._max_connections = max_connections
         self._on_header = on_header
         self._reserve = reserve
         self._on_advance = on_advance
@@ -205,7 +208,14 @@ class Ingest:
         if intake is not None:
             stack.callback(intake.close)
         kept = 0 if intake is None else intake.kept
-        transfer = Transfer(self._source, self._image, kept, self._policy, self._cancellation)
+        transfer = RangedTransfer(
+            self._source,
+            self._image,
+            kept,
+            self._policy,
+            self._cancellation,
+            max_connections=self._max_connections,
+        )
         pieces = stack.enter_context(contextlib.closing(iter(transfer)))
         checked = False
         try:

@@ -170,6 +170,9 @@ class _Parts:
             policy=_policy(settings),
             require_hash=cache.require_hash,
             max_concurrent_fetches=cache.max_concurrent_fetches,
+            max_connections_per_image=(
+                settings.images.glance.max_connections_per_image if settings.images.glance else 1
+            ),
         )
         self.scrub = (
             None

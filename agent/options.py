@@ -399,6 +399,15 @@ _GLANCE: Final[list[cfg.Opt]] = [
         max=3600.0,
         help="Seconds to wait for a connection and for the answer to a request.",
     ),
+    cfg.IntOpt(
+        "max_connections_per_image",
+        default=4,
+        min=1,
+        max=8,
+        help="Connections over which one image is fetched, where it would come slower over fewer. "
+        "More than one are opened only while the network or the store keeps a fetch waiting, and "
+        "if the store serves parts of images. Each takes up to 10 MiB of memory.",
+    ),
     cfg.FloatOpt(
         "stall_timeout",
         default=30.0,

@@ -85,6 +85,7 @@ class GlanceSettings:
     num_retries: int
     timeout_s: float
     """For a connection and for an answer."""
+    max_connections_per_image: int
     stall_timeout_s: float
     """Without a single byte."""
 

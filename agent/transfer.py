@@ -56,8 +56,10 @@ class ImageSource(Protocol):
             ImageSourceUnavailable: it may work another time.
         """
 
-    def open(self, image: Image, offset: int) -> Body:
+    def open(self, image: Image, offset: int, end: int | None = None) -> Body:
         """Ask for the bytes from `offset` on, which is less than the image's size.
+
+        Those from `end` on are not wanted, but may come all the same.
 
         Raises:
             ImageNotFound, ImageNotActive, ImageNotAuthorized, ImageCorrupt: for good.
@@ -123,11 +125,14 @@ class Transfer:
         policy: RetryPolicy,
         cancellation: Cancellation,
         *,
+        end: int | None = None,
         sleep: Callable[[float], None] | None = None,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
         """`offset`: how many bytes the caller already has.
 
+        `end`: where to stop, if not at the image's end; then a source that
+        sends from elsewhere than `offset` is one that is not available.
         `sleep` and `uniform` are for tests: the default sleeps on the
         cancellation, which ends a pause at once.
         """
@@ -135,6 +140,8 @@ class Transfer:
         self._image = image
         self._cancellation = cancellation
         self._position = offset
+        self._part = end is not None
+        self._end = image.size if end is None else end
         self._retrying = _retrying(policy, sleep or cancellation.wait, uniform, self._waits_for)
         self._opened: _Opened | None = None
         self._gap_seen = False
@@ -148,7 +155,7 @@ class Transfer:
         """How many times the source has been asked again."""
 
     def __iter__(self) -> Generator[bytes, None, None]:
-        """Yield the bytes from `offset` to the end, each once, in order.
+        """Yield the bytes from `offset` to `end`, each once, in order.
 
         Raises:
             ImageCorrupt: the source has more bytes than the record says.
@@ -170,7 +177,7 @@ class Transfer:
 
     def _next(self) -> bytes:
         """Return bytes the caller has not had; none if the image is complete."""
-        size = self._image.size
+        size = self._end
         self._cancellation.check()
         if self._opened is None and self._position == size:
             return b""
@@ -180,6 +187,10 @@ class Transfer:
                 self.received += len(chunk)
                 new = chunk[max(0, self._position - opened.position) :]
                 opened.position += len(chunk)
+                if self._part:
+                    new = new[: (size or 0) - self._position]
+                    if self._position == size:
+                        return b""
                 if not new:
                     rate = self._pace.rate()
                     if rate is not None and rate < self._policy.least_rate:
@@ -236,8 +247,12 @@ class Transfer:
             self.resumes += 1
         self._attempts += 1
         asked = 0 if self._gap_seen else self._position
-        body = self._source.open(self._image, asked)
+        body = self._source.open(self._image, asked, self._end if self._part else None)
         self._opened = _Opened(body, self._cancellation)
+        if self._part and body.offset != asked:
+            raise ImageSourceUnavailable(
+                f"{self._source.name} sends no parts of image {self._image.id}"
+            )
         if body.offset > self._position:
             self._gap_seen = True
             raise ImageSourceUnavailable(

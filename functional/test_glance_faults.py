@@ -5,10 +5,12 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from agent.ranges import PART
 from functional.conftest import CACHE, MakeAgent
 from functional.harness import glance as glances
 from functional.harness.agent import Agent
@@ -142,3 +144,47 @@ def test_an_expired_token_is_renewed_in_the_middle(
         assert first.headers["x-auth-token"] != second.headers["x-auth-token"]
         for token in (first.headers["x-auth-token"], second.headers["x-auth-token"]):
             assert token not in agent.log
+
+
+def test_a_throttled_connection_gets_company_and_one_that_breaks_is_resumed(
+    make_agent: MakeAgent, glance: Glance, image_id: str, blob: Path
+) -> None:
+    rate = 6 * MIB
+    slow = Fault(rate=rate)
+    cut = replace(slow, cut_after=2 * MIB)
+    with FaultProxy(glance.url, [slow, slow, cut]) as proxy:
+        proxy.afterwards = slow
+        agent = agent_behind(make_agent, proxy, max_connections_per_image=4)
+        began = time.monotonic()
+
+        agent.json("image", "fetch", image_id)
+
+        assert time.monotonic() - began < SIZE / rate
+        assert sha256(agent.base(image_id)) == sha256(blob)
+        first, *others = [exchange.range for exchange in proxy.matching]
+        assert first is None
+        spans = sorted(tuple(map(int, str(r).removeprefix("bytes=").split("-"))) for r in others)
+        # The broken part is asked for from the byte on where it broke; all else comes once.
+        [rest] = [span for span in spans if (span[0] - spans[0][0]) % PART]
+        assert rest[0] % PART == (spans[0][0] + 2 * MIB) % PART
+        spans.remove(rest)
+        assert [begin for begin, _ in spans[1:]] == [last + 1 for _, last in spans[:-1]]
+        assert spans[-1][1] == SIZE - 1
+
+
+def test_a_store_without_ranges_is_read_on_over_the_one_connection(
+    make_agent: MakeAgent, glance: Glance, image_id: str, blob: Path
+) -> None:
+    slow = Fault(rate=8 * MIB)
+    with FaultProxy(glance.url, [slow]) as proxy:
+        proxy.afterwards = replace(slow, ignore_range=True)
+        agent = agent_behind(make_agent, proxy, max_connections_per_image=4)
+
+        [job] = agent.json("image", "fetch", image_id)["jobs"]
+
+        assert sha256(agent.base(image_id)) == sha256(blob)
+        first, *others = proxy.matching
+        assert first.sent == SIZE
+        assert others, "nobody tried"
+        assert all(exchange.sent < SIZE // 2 for exchange in others)
+        assert sum(phase["bytes"] for phase in job["timeline"]) == SIZE

@@ -76,7 +76,7 @@ class Source:
         except KeyError:
             raise ImageNotFound(f"no image {image_id}") from None
 
-    def open(self, image: Image, offset: int) -> "Body":
+    def open(self, image: Image, offset: int, end: int | None = None) -> "Body":  # noqa: ARG002
         if not self.available:
             raise ImageSourceUnavailable("the source is away")
         self.opened.append((image.id, offset))
@@ -143,6 +143,7 @@ class CacheKit:
             policy=RetryPolicy(num_retries=1, initial_s=0.01, max_s=0.01),
             require_hash=True,
             max_concurrent_fetches=4,
+            max_connections_per_image=1,
         )
 
     def acquire(self, image: Image, *, pin: str = "job-1") -> Base:

@@ -207,11 +207,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _data(self, data: bytes, fault: Fault) -> None:
         start = 0
+        end = len(data)
         status = 200
         headers = {"Content-Type": "application/octet-stream"} | fault.headers
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted and not fault.ignore_range:
             start = int(wanted[1])
+            end = min(end, int(wanted[2]) + 1) if wanted[2] else end
             if start >= len(data):
                 self._answer(416, _PAGE)
                 return
@@ -219,8 +221,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             status = 206
             if not fault.no_content_range:
                 total = len(data) if fault.total is None else fault.total
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{total}"
-        body = (data[start:] + fault.extra)[: fault.end_after]
+                headers["Content-Range"] = f"bytes {start}-{end - 1}/{total}"
+        body = (data[start:end] + fault.extra)[: fault.end_after]
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

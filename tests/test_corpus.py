@@ -66,7 +66,7 @@ class Source(cache_kit.Source):
         self.sent = 0
         self.on_chunk: Callable[[], None] = lambda: None
 
-    def open(self, image: Image, offset: int) -> "Body":
+    def open(self, image: Image, offset: int, end: int | None = None) -> "Body":  # noqa: ARG002
         self.opened.append((image.id, offset))
         answers = self._sample.answers
         answer = answers[min(len(self.opened), len(answers)) - 1]

@@ -409,7 +409,7 @@ class Trickle:
     def get(self, image_id: str) -> Image:
         return Image(id=image_id, name="", source=self.name, status="active", disk_format="raw")
 
-    def open(self, image: Image, offset: int) -> Body:  # noqa: ARG002
+    def open(self, image: Image, offset: int, end: int | None = None) -> Body:  # noqa: ARG002
         return self
 
     offset = 0

@@ -87,6 +87,8 @@ class Agent:
         merged: dict[str, dict[str, object]] = {
             "DEFAULT": {"instances_path": self.instances, "state_path": self.root},
             "api": {"socket": self.socket},
+            # A slow Glance is how a test holds a fetch, and the requests are what it looks at.
+            "glance": {"max_connections_per_image": 1},
         }
         for section, values in options.items():
             merged.setdefault(section, {}).update(values)

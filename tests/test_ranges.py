@@ -1,0 +1,220 @@
+"""Images over several connections, from a source that gives each of them little."""
+
+import hashlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from agent.cancellation import Cancellation
+from agent.errors import Cancelled, ImageSourceUnavailable
+from agent.image import Image
+from agent.ranges import PART, RangedTransfer
+from agent.transfer import RetryPolicy
+
+MIB = 1 << 20
+SIZE = 64 * MIB + 12345
+DATA = random.Random(3).randbytes(SIZE)
+IMAGE = Image(id="x", name="", source="slow", status="active", disk_format="raw", size=SIZE)
+PIECE = 128 << 10
+
+
+def hurried() -> float:
+    """A clock on which a tenth of a second is one."""
+    return time.monotonic() * 10
+
+
+class Slow:
+    """A source that sends so many MiB a second to each connection, or to all together."""
+
+    name = "slow"
+
+    def __init__(self, rate: float, *, shared: bool = False, ranges: bool = True) -> None:
+        self.pause = PIECE / MIB / rate
+        self.wire = threading.Lock() if shared else None
+        self.ranges = ranges
+        self.asked: list[tuple[int, int | None]] = []
+        self.breaks: Callable[[int, int], bool] = lambda _begin, _position: False
+        """Whether the answer that begins there breaks off at a position."""
+        self.lock = threading.Lock()
+        self.opened = 0
+        self.most_opened = 0
+
+    def get(self, image_id: str) -> Image:
+        raise NotImplementedError
+
+    def open(self, image: Image, offset: int, end: int | None = None) -> "SlowBody":  # noqa: ARG002
+        with self.lock:
+            self.asked.append((offset, end))
+            self.opened += 1
+            self.most_opened = max(self.most_opened, self.opened)
+        if not self.ranges:
+            return SlowBody(self, 0, SIZE)
+        return SlowBody(self, offset, end or SIZE)
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        return [(begin, end) for begin, end in self.asked if end is not None]
+
+
+class SlowBody:
+    def __init__(self, source: Slow, offset: int, end: int) -> None:
+        self.offset = offset
+        self._source = source
+        self._end = end
+        self._closed = threading.Event()
+
+    def __iter__(self) -> Iterator[bytes]:
+        for position in range(self.offset, self._end, PIECE):
+            if self._source.wire is not None:
+                with self._source.wire:
+                    time.sleep(self._source.pause)
+            elif self._closed.wait(self._source.pause):
+                raise ImageSourceUnavailable("closed")
+            if self._source.breaks(self.offset, position):
+                raise ImageSourceUnavailable("broken off")
+            yield DATA[position : min(position + PIECE, self._end)]
+
+    def close(self) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            with self._source.lock:
+                self._source.opened -= 1
+
+
+def transfer_of(
+    source: Slow,
+    *,
+    offset: int = 0,
+    max_connections: int = 4,
+    cancellation: Cancellation | None = None,
+) -> RangedTransfer:
+    return RangedTransfer(
+        source,
+        IMAGE,
+        offset,
+        RetryPolicy(num_retries=2, initial_s=0.01, max_s=0.01),
+        cancellation or Cancellation(),
+        max_connections=max_connections,
+        clock=hurried,
+    )
+
+
+def assert_whole(transfer: RangedTransfer, source: Slow, offset: int = 0) -> None:
+    digest = hashlib.sha256()
+    count = 0
+    for piece in transfer:
+        assert 0 < len(piece) <= MIB
+        digest.update(piece)
+        count += len(piece)
+    assert count == SIZE - offset
+    assert digest.digest() == hashlib.sha256(DATA[offset:]).digest()
+    assert source.opened == 0
+    assert not [t for t in threading.enumerate() if t.name.startswith("image-part")]
+
+
+@pytest.mark.parametrize("max_connections", [2, 4])
+def test_a_connection_that_is_the_limit_gets_company(max_connections: int) -> None:
+    source = Slow(40)
+    began = time.monotonic()
+    transfer = transfer_of(source, max_connections=max_connections)
+    assert_whole(transfer, source)
+    assert time.monotonic() - began < SIZE / MIB / 40 * 0.9
+    assert source.most_opened == max_connections
+    # Nothing was asked for twice, but for what the first connection had under way.
+    assert SIZE <= transfer.received < SIZE + MIB
+    begins = [begin for begin, _end in source.parts]
+    assert [begin for begin, _end in source.parts[1:]] == [end for _, end in source.parts[:-1]]
+    assert begins == sorted(begins)
+    assert all(end - begin <= PART for begin, end in source.parts)
+
+
+def test_it_goes_on_in_the_middle() -> None:
+    source = Slow(40)
+    assert_whole(transfer_of(source, offset=4 * MIB + 1), source, 4 * MIB + 1)
+    assert source.parts
+
+
+@pytest.mark.parametrize(
+    ("rate", "max_connections"), [pytest.param(400, 4, id="fast"), pytest.param(40, 1, id="one")]
+)
+def test_one_request_where_more_would_not_pay(rate: float, max_connections: int) -> None:
+    source = Slow(rate)
+    assert_whole(transfer_of(source, max_connections=max_connections), source)
+    assert source.asked == [(0, None)]
+
+
+def test_a_consumer_that_is_the_limit_is_not_helped() -> None:
+    source = Slow(400)
+    transfer = transfer_of(source)
+    for _ in transfer:
+        time.sleep(0.002)
+    assert source.asked == [(0, None)]
+
+
+def test_a_source_without_ranges_is_read_on_over_the_first_connection() -> None:
+    source = Slow(40, ranges=False)
+    transfer = transfer_of(source)
+    assert_whole(transfer, source)
+    assert source.asked[0] == (0, None)
+    assert [begin for begin, _end in source.asked[1:]] == [source.asked[1][0]] * 2
+    assert transfer.received == SIZE
+
+
+def test_connections_that_bring_nothing_are_given_up() -> None:
+    source = Slow(40, shared=True)
+    assert_whole(transfer_of(source), source)
+    assert source.most_opened == 2
+    assert source.asked[-1][1] is None
+
+
+def test_a_part_that_breaks_off_is_gone_on_with_at_the_byte() -> None:
+    source = Slow(40)
+    broken: list[int] = []
+
+    def breaks(begin: int, position: int) -> bool:
+        if len(source.parts) > 2 and not broken and position == begin + 5 * PIECE:
+            broken.append(position)
+            return True
+        return False
+
+    source.breaks = breaks
+    transfer = transfer_of(source)
+    assert_whole(transfer, source)
+    assert [begin for begin, _end in source.parts if begin % PART == broken[0] % PART]
+    assert SIZE <= transfer.received < SIZE + MIB
+
+
+def test_when_parts_come_no_more_one_connection_goes_on() -> None:
+    source = Slow(40)
+    source.breaks = lambda begin, _position: begin > 40 * MIB and source.asked[-1][1] is not None
+    assert_whole(transfer_of(source), source)
+    begin, end = source.asked[-1]
+    assert end is None
+    assert begin > PART
+
+
+def test_a_cancel_ends_all_connections_with_its_reason() -> None:
+    source = Slow(10)
+    cancellation = Cancellation()
+    pieces = iter(transfer_of(source, cancellation=cancellation))
+    while len(source.parts) < 3:
+        next(pieces)
+    cancellation.cancel(Cancelled("enough"))
+    began = time.monotonic()
+    with pytest.raises(Cancelled, match="enough"):
+        list(pieces)
+    assert time.monotonic() - began < 1
+    assert source.opened == 0
+
+
+def test_giving_up_ends_all_connections() -> None:
+    source = Slow(40)
+    pieces = iter(transfer_of(source))
+    while len(source.parts) < 3:
+        next(pieces)
+    pieces.close()
+    assert source.opened == 0
+    assert not [t for t in threading.enumerate() if t.name.startswith("image-part")]
