@@ -26,9 +26,6 @@ import base64
 import binascii
 import struct
 import zlib
-from array import array
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -37,16 +34,15 @@ from pydantic import TypeAdapter
 
 from agent import qcow2
 from agent.qcow2_compression import Packed, Unpacker
+from agent.qcow2_l2 import L2Tables
 from agent.qcow2_tables import (
     Claims,
-    Extent,
     Geometry,
     Pending,
     beyond,
     claim_refcount_blocks,
-    read_l1,
-    read_l2,
 )
+from agent.qcow2_window import Window
 from agent.sparse import SparseFile
 
 HEAD = 64 << 10
@@ -103,30 +99,22 @@ class Decoder:
         geometry: Geometry,
         claims: Claims,
         target: SparseFile,
-        spill: SparseFile,
+        window: Window,
         max_extents: int,
     ) -> None:
-        """`close` closes both files."""
+        """`close` closes both."""
         self._max_extents = max_extents
         self._geometry = geometry
         self._claims = claims
         self._target = target
-        self._spill = spill
-        # Where the L2 tables are, known once the L1 table has passed; their
-        # order in the file; how many have passed; which of these are not read.
-        self._lined_up = False
-        self._tables: array[int] = array("Q")
-        self._order: array[int] = array("L")
-        self._passed = 0
-        self._waiting: deque[int] = deque()
+        self._window = window
+        self._tables = L2Tables(geometry, window)
         self._plain = Pending()
         self._packed = Pending()
         # Up to here known compressed data covers the file, or its gaps are kept.
         self._covered = 0
-        # The bytes fed, dealt with, and where the first is that is in memory.
-        self._offset = self._done = self._base = 0
-        self._data = b""
-        self._tail = bytearray()
+        # The bytes dealt with.
+        self._done = 0
         self._unpacker = Unpacker(
             geometry.header.compression, geometry.cluster, self._put, self._keep_shared
         )
@@ -165,7 +153,7 @@ class Decoder:
         decoder = cls(geometry, claims, *_open(target, spill, geometry), max_extents)
         try:
             # For whoever resumes: it is needed before any other byte.
-            decoder._spill.write(head, 0, min(len(head), HEAD), 0)
+            decoder._window.keep_of(head, 0, 0, min(len(head), HEAD))
         except BaseException:
             decoder.close()
             raise
@@ -212,7 +200,7 @@ class Decoder:
     @property
     def offset(self) -> int:
         """Bytes fed; after `resume`, where to go on."""
-        return self._offset
+        return self._window.offset
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes, however many.
@@ -221,7 +209,7 @@ class Decoder:
             ValueError: the image breaks a rule, which the message names.
             OSError: one of the files cannot be written.
         """
-        if self._offset + len(chunk) > self._geometry.size:
+        if self.offset + len(chunk) > self._geometry.size:
             raise ValueError(f"the image goes on beyond its {self._geometry.size} bytes")
         step = max(_WINDOW, self._geometry.cluster)
         for begin in range(0, len(chunk), step):
@@ -234,10 +222,10 @@ class Decoder:
             ValueError: the image was cut short, or breaks a rule.
             OSError
         """
-        if self._offset != self._geometry.size:
-            raise ValueError(f"the image ends after {self._offset} of {self._geometry.size} bytes")
-        while self._waiting:
-            self._read_table(self._waiting.popleft())
+        if self.offset != self._geometry.size:
+            raise ValueError(f"the image ends after {self.offset} of {self._geometry.size} bytes")
+        while self._tables.waiting:
+            self._read_table(self._tables.waiting.popleft())
         self._unpacker.settle()
         self._target.flush()
 
@@ -245,7 +233,7 @@ class Decoder:
         """Let go of both files, without flushing; may be called again."""
         self._unpacker.close()
         self._target.close()
-        self._spill.close()
+        self._window.close()
 
     def state(self) -> bytes:
         """Return what `resume` needs to go on at `offset`, once both files are synced.
@@ -255,132 +243,87 @@ class Decoder:
         Raises:
             ValueError, OSError: as `feed`.
         """
-        if self._offset < min(HEAD, self._geometry.size):
-            raise ValueError(f"there is nothing to go on from after {self._offset} bytes")
+        if self.offset < min(HEAD, self._geometry.size):
+            raise ValueError(f"there is nothing to go on from after {self.offset} bytes")
         self._unpacker.settle()
-        self._spill.write(bytes(self._tail), 0, len(self._tail), self._base)
+        self._window.save()
         state = _State(
             size=self._geometry.size,
-            offset=self._offset,
+            offset=self.offset,
             done=self._done,
-            kept=self._base,
+            kept=self._window.base,
             claims=base64.b64encode(zlib.compress(self._claims.states, 1)).decode("ascii"),
-            waiting=tuple(self._waiting),
+            waiting=tuple(self._tables.waiting),
         )
         return _STATE.dump_json(state)
 
     def _restore(self, state: _State) -> None:
         """Become the decoder that gave `state`, and undo what it has done since."""
-        self._offset, self._done, self._base = state.offset, state.done, state.kept
-        self._spill.truncate(state.offset)
-        self._spill.truncate(self._geometry.size)
-        self._tail = bytearray(self._spill.read(state.kept, state.offset))
+        self._done = state.done
+        self._window.restore(state.kept, state.offset, self._geometry.size)
         if self._done < self._geometry.l1[1]:
             self._target.truncate(0)
             self._target.truncate(self.virtual_size)
             return
         # The claims are there already; these are thrown away.
-        self._line_up(Claims(self._geometry))
+        tables = self._tables
+        tables.line_up(Claims(self._geometry))
         span = self._geometry.table_span
         waiting = set(state.waiting)
-        for index in self._passing(self._done):
+        for index in tables.passing(self._done, self._done):
             if index in waiting:
-                self._waiting.append(index)
+                tables.waiting.append(index)
                 continue
-            plain, packed = self._extents(index)
+            plain, packed = tables.read(index)
             self._plain.add(beyond(plain, self._done))
             self._packed.add([extent for extent in packed if extent[1] > self._done])
         for begin, end, guest in self._plain:
             self._target.wipe(guest, guest + end - begin)
         for _, _, guest in self._packed:
             self._target.wipe(guest, guest + self._geometry.cluster)
-        for index in (*self._waiting, *self._order[self._passed :]):
+        for index in (*tables.waiting, *tables.ahead):
             self._target.wipe(index * span, (index + 1) * span)
 
     def _take(self, piece: bytes) -> None:
-        self._offset += len(piece)
-        end = self._offset
+        window = self._window
+        end = window.offset + len(piece)
         if end < self._geometry.size:
             end -= end % self._geometry.cluster
         if end <= self._done:
-            self._tail += piece
+            window.add(piece)
             return
-        self._data = b"".join((self._tail, piece)) if self._tail else piece
+        window.open(piece)
         self._advance(end)
         # Compressed data that has passed in part only is needed again.
         first = self._packed.peek()
-        keep = end if first is None else max(self._base, min(end, first[0]))
-        self._tail = bytearray(memoryview(self._data)[keep - self._base :])
-        self._data, self._base = b"", keep
+        window.move(end if first is None else max(window.base, min(end, first[0])))
 
     def _advance(self, end: int) -> None:
-        """Deal with the clusters from `_done` to `end`; their bytes are in `_data`."""
-        self._keep(*self._overlap(self._geometry.l1, end))
+        """Deal with the clusters from `_done` to `end`; their bytes are in memory."""
+        self._window.keep(*self._overlap(self._geometry.l1, end))
         begin, stop = self._overlap(self._geometry.refcounts, end)
         if begin < stop:
-            claim_refcount_blocks(self._bytes(begin, stop), self._geometry, self._claims)
-        if not self._lined_up and self._geometry.l1[1] <= end:
-            self._line_up(self._claims)
-        for index in self._passing(end):
-            self._waiting.append(index)
-        while self._waiting and self._plain.count + self._packed.count < self._max_extents:
-            self._read_table(self._waiting.popleft())
+            claim_refcount_blocks(self._window.read(begin, stop), self._geometry, self._claims)
+        tables = self._tables
+        if not tables.known and self._geometry.l1[1] <= end:
+            tables.line_up(self._claims)
+        tables.waiting.extend(tables.passing(self._done, end))
+        while tables.waiting and self._plain.count + self._packed.count < self._max_extents:
+            self._read_table(tables.waiting.popleft())
         self._copy(end)
         self._decode(end)
-        if self._searching:
+        if tables.coming:
             for begin, stop in self._claims.free(self._done, end):
-                self._keep(begin, stop)
+                self._window.keep(begin, stop)
         self._done = end
-
-    @property
-    def _searching(self) -> bool:
-        """Whether there are tables yet that may point anywhere."""
-        return not self._lined_up or self._passed < len(self._order) or bool(self._waiting)
 
     def _overlap(self, area: tuple[int, int], end: int) -> tuple[int, int]:
         return max(area[0], self._done), min(area[1], end)
 
-    def _bytes(self, begin: int, end: int) -> bytes:
-        """Return bytes that are in memory, or kept in the spill."""
-        before = self._spill.read(begin, min(end, self._base)) if begin < self._base else b""
-        inside = self._data[max(begin - self._base, 0) : max(end - self._base, 0)]
-        return before + inside if before else inside
-
-    def _keep(self, begin: int, end: int) -> None:
-        """Put bytes that are in memory into the spill."""
-        if begin < end:
-            self._spill.write(self._data, begin - self._base, end - self._base, begin)
-
-    def _line_up(self, claims: Claims) -> None:
-        """Read the L1 table, all of which is in the spill by now."""
-        data = self._spill.read(*self._geometry.l1)
-        tables = self._tables = read_l1(data, self._geometry, claims)
-        self._lined_up = True
-        there = (index for index, offset in enumerate(tables) if offset)
-        self._order = array("L", sorted(there, key=tables.__getitem__))
-
-    def _passing(self, end: int) -> Iterator[int]:
-        """Yield the L2 tables that have come to pass below `end`, kept in the spill."""
-        while self._passed < len(self._order):
-            index = self._order[self._passed]
-            begin = self._tables[index]
-            stop = begin + self._geometry.cluster
-            if stop > end:
-                return
-            if begin >= self._done:
-                self._keep(begin, stop)
-            self._passed += 1
-            yield index
-
-    def _extents(self, index: int) -> tuple[list[Extent], list[Extent]]:
-        begin = self._tables[index]
-        data = self._spill.read(begin, begin + self._geometry.cluster)
-        return read_l2(data, index, self._geometry)
-
     def _read_table(self, index: int) -> None:
         """Claim what L2 table `index` points to, fetch what has passed, expect the rest."""
         done = self._done
-        plain, packed = self._extents(index)
+        plain, packed = self._tables.read(index)
         if any(extent[0] < done for extent in packed):
             # Whoever decodes may find out that there is more in a cluster, and keep it.
             self._unpacker.settle()
@@ -389,7 +332,7 @@ class Decoder:
             self._claims.share(begin, end, f"compressed data of guest offset {guest:#x}")
         for begin, end, guest in plain:
             for at in range(begin, min(end, done), _WINDOW):
-                data = self._bytes(at, min(at + _WINDOW, end, done))
+                data = self._window.read(at, min(at + _WINDOW, end, done))
                 self._target.write(data, 0, len(data), guest + at - begin)
         self._plain.add(beyond(plain, done))
         self._packed.add([extent for extent in packed if extent[1] > done])
@@ -398,7 +341,7 @@ class Decoder:
         for position in range(0, len(late), step):
             self._unpacker.submit(
                 [
-                    Packed(memoryview(self._bytes(begin, end)), begin, end, guest, begin)
+                    Packed(memoryview(self._window.read(begin, end)), begin, end, guest, begin)
                     for begin, end, guest in late[position : position + step]
                 ]
             )
@@ -407,7 +350,12 @@ class Decoder:
         """Write what is not compressed and lies before `end`."""
         while (extent := self._plain.peek()) is not None and extent[0] < end:
             begin, stop, guest = extent
-            self._target.write(self._data, begin - self._base, min(stop, end) - self._base, guest)
+            self._target.write(
+                self._window.data,
+                begin - self._window.base,
+                min(stop, end) - self._window.base,
+                guest,
+            )
             if stop > end:
                 self._plain.cut(end)
             else:
@@ -426,10 +374,10 @@ class Decoder:
             if at % cluster and self._done <= at < end:
                 gaps.add(at // cluster)
 
-        window, base = (self._data, self._base) if self._searching else (b"", 0)
+        window, base = (self._window.data, self._window.base) if self._tables.coming else (b"", 0)
         if window:
             self._claims.lose(self._done, end)
-        view = memoryview(self._data)
+        view = memoryview(self._window.data)
         ready: list[Packed] = []
         while (extent := self._packed.peek()) is not None and extent[0] < end:
             begin, stop, guest = extent
@@ -441,10 +389,10 @@ class Decoder:
                 break
             self._packed.pop()
             following = self._packed.peek()
-            if begin >= self._base:
-                data = view[begin - self._base : stop - self._base]
+            if begin >= self._window.base:
+                data = view[begin - self._window.base : stop - self._window.base]
             else:
-                data = memoryview(self._bytes(begin, stop))
+                data = memoryview(self._window.read(begin, stop))
             until = stop if following is None else min(stop, following[0])
             ready.append(Packed(data, begin, stop, guest, until))
             if len(ready) == _READY:
@@ -461,7 +409,7 @@ class Decoder:
         """Put the whole of a cluster with compressed data into the spill; any thread may."""
         begin = index * self._geometry.cluster
         end = min(begin + self._geometry.cluster, self._geometry.size)
-        self._spill.write(data, begin - base, end - base, begin)
+        self._window.keep_of(data, base, begin, end)
         self._claims.keep(index)
 
     def _put(self, guest: int, cluster: bytes) -> None:
@@ -489,11 +437,11 @@ def _geometry(head: bytes, size: int, max_virtual_size: int) -> Geometry:
     return geometry
 
 
-def _open(target: Path, spill: Path, geometry: Geometry) -> tuple[SparseFile, SparseFile]:
+def _open(target: Path, spill: Path, geometry: Geometry) -> tuple[SparseFile, Window]:
     """Return both files, which have their full lengths then."""
     opened = SparseFile(target, length=geometry.header.virtual_size)
     try:
-        return opened, SparseFile(spill, length=geometry.size)
+        return opened, Window(SparseFile(spill, length=geometry.size))
     except BaseException:
         opened.close()
         raise
