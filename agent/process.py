@@ -29,6 +29,8 @@ _STDOUT_LIMIT = 16 << 20  # bytes; JSON of qemu-img is a few KiB
 _STDERR_KEPT = 8 << 10  # bytes from the end: that is where programs say why
 
 _DEBIAN_PACKAGES = {
+    "cryptsetup": "cryptsetup-bin",
+    "lvm": "lvm2",
     "qemu-img": "qemu-utils",
     "prlimit": "util-linux",
     "fallocate": "util-linux",

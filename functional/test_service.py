@@ -305,6 +305,38 @@ def test_helper_refreshes_a_base_that_belongs_to_qemu(service: Service) -> None:
     assert (base.stat().st_uid, base.stat().st_gid) == (user, group)
 
 
+def test_volumes_have_a_helper_of_their_own(service: Service) -> None:
+    """With the drop-in; what it does with a volume is seen where there is device-mapper."""
+    drop_in = service.machine.path("/etc/systemd/system/bootwright.service.d/lvm.conf")
+    configuration = service.machine.path("/etc/bootwright/bootwright.conf")
+    service.systemctl("stop")
+    configuration.write_text(f"{CONFIGURATION}\n[libvirt]\nimages_volume_group = vg\n")
+    try:
+        with pytest.raises(AssertionError):
+            service.systemctl("start")
+        assert "started without CAP_DAC_OVERRIDE, CAP_SYS_ADMIN" in service.journal()
+        drop_in.write_text((CHECKOUT / "etc/bootwright-lvm.conf").read_text())
+        service.machine.run(["systemctl", "daemon-reload"])
+        service.systemctl("start")
+        agent = service.process(service.main_pid())
+        pids = [
+            pid for path in (agent / "task").glob("*/children") for pid in path.read_text().split()
+        ]
+        held = [
+            privileges.held_capabilities((service.process(int(pid)) / "status").read_text())
+            for pid in pids
+        ]
+        assert sorted(held) == [
+            ["CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_SYS_ADMIN"],
+            ["CAP_FOWNER"],
+        ]
+        assert privileges.held_capabilities((agent / "status").read_text()) == []
+    finally:
+        drop_in.unlink(missing_ok=True)
+        configuration.write_text(CONFIGURATION)
+        service.machine.run(["systemctl", "daemon-reload"])
+
+
 def test_dead_helper_brings_a_new_agent(service: Service) -> None:
     before = service.main_pid()
     service.machine.run(["kill", f"-{signal.SIGKILL}", str(service.helper_pid())])

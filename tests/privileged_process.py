@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from oslo_config import cfg
 
 from agent import cli, privileges
-from privsep import base_images
+from privsep import base_images, base_owner, lvm, volumes
 
 FOREIGN = "0d5e6b61602d758984b3bf038267614d6016eb2a"
 WAIT_S = 10.0
@@ -33,8 +33,14 @@ def holdings() -> dict[str, list[str]]:
 
 def helper() -> int:
     """The helper's process id: this process has no other child."""
-    [pid] = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return int(pid)
+    [pid] = children()
+    return pid
+
+
+def children() -> list[int]:
+    """The processes this one has started, in whichever thread."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return [int(pid) for task in tasks for pid in task.read_text().split()]
 
 
 def refusal(name: object) -> str:
@@ -84,7 +90,7 @@ def die() -> dict[str, object]:
         "early": early,
         "noticed": noticed,
         "calls": [refusal(FOREIGN), refusal(FOREIGN)],
-        "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
+        "children": children(),
     }
 
 
@@ -116,6 +122,36 @@ def start() -> dict[str, object]:
     return {"error": "", "touched": refusal(FOREIGN) == "", "holdings": holdings()}
 
 
+def both() -> dict[str, object]:
+    """Start both helpers; use each; kill one."""
+    try:
+        privileges.start_helpers([base_owner, volumes])
+    except privileges.HelperNotStarted as error:
+        return {"error": str(error)}
+    started = children()
+    helpers = sorted(
+        privileges.held_capabilities(Path(f"/proc/{pid}/status").read_text()) for pid in started
+    )
+    volume_error = ""
+    try:
+        lvm.finish("../../etc/passwd")
+    except Exception as error:  # noqa: BLE001 - its class is the result
+        volume_error = type(error).__name__
+    touched, alive = refusal(FOREIGN), privileges.helpers_alive()
+    gone = threading.Event()
+    privileges.on_helper_exit(gone.set)
+    found = holdings()
+    os.kill(max(started), signal.SIGKILL)
+    gone.wait(WAIT_S)
+    return {
+        "helpers": helpers,
+        "holdings": found,
+        "touched": touched,
+        "volume_error": volume_error,
+        "alive": [alive, privileges.helpers_alive()],
+    }
+
+
 def serve(socket: str) -> dict[str, object]:
     """Run the whole agent on `socket`, which cannot be made."""
     configuration = sys.argv[3]
@@ -138,6 +174,7 @@ def main() -> None:
         "interrupted": interrupted,
         "early_thread": early_thread,
         "start": start,
+        "both": both,
         "serve": serve,
     }
     result = scenarios[scenario](*names)

@@ -13,7 +13,7 @@ from agent.config import ConfigError, Configuration
 from agent.config_files import api_socket
 from agent.disk import DiskType
 from agent.job import GuestFormat, ImagesType
-from agent.settings import ImageSourceName, Settings
+from agent.settings import EncryptionSettings, ImageSourceName, KeyManager, Settings, VolumeSettings
 
 Write = Callable[..., str]
 
@@ -157,6 +157,15 @@ def test_known_names_are_not_warned_of(write: Write) -> None:
         ("[api]\nsocket_group = nobodys\n", ["socket_group = nobodys", "no such group"]),
         ("[privsep_base_owner]\nuser = root\n", ["user = root", "set helper_command as well"]),
         ("[privsep_base_owner]\ngroup = kvm\n", ["group = kvm", "set helper_command as well"]),
+        ("[privsep_volumes]\nuser = root\n", ["user = root", "set helper_command as well"]),
+        ("[libvirt]\nimages_type = lvm\n", ["images_type = lvm", "needs images_volume_group"]),
+        ("[libvirt]\nimages_thin_pool = pool\n", ["needs images_volume_group"]),
+        ("[libvirt]\nsparse_logical_volumes = true\n", ["needs images_thin_pool"]),
+        ("[libvirt]\nimages_volume_group = ../x\n", ["images_volume_group = ../x"]),
+        ("[libvirt]\nimages_volume_group = -x\n", ["images_volume_group = -x"]),
+        ("[ephemeral_storage_encryption]\nenabled = true\n", ["needs images_type = lvm"]),
+        ("[ephemeral_storage_encryption]\nkey_size = 129\n", ["multiple of 8"]),
+        ("[ephemeral_storage_encryption]\ncipher = x y\n", ["cipher = x y"]),
         ("[glance]\nverify_glance_signatures = true\n", ["does not verify signatures"]),
         ("[DEFAULT]\nforce_raw_images = false\n", ["force_raw_images = false", "only true"]),
         ("[DEFAULT]\npreallocate_images = all\n", ["preallocate_images", "none, space"]),
@@ -168,6 +177,37 @@ def test_absurd_value_names_file_section_key_value_and_what_is_allowed(
     found = problem(text, write)
     for word in [str(tmp_path / "bootwright.conf"), *words]:
         assert word in found
+
+
+def test_volumes_and_keys_reach_the_settings(write: Write) -> None:
+    assert (settings(write(LOCAL)).volumes, settings(write(LOCAL)).encryption) == (None, None)
+    found = settings(
+        write(
+            f"{LOCAL}[libvirt]\nimages_type = lvm\nimages_volume_group = vg-guests\n"
+            "images_thin_pool = pool\nvolume_clear = shred\nvolume_clear_size = 2\n"
+            "[ephemeral_storage_encryption]\nenabled = true\nkey_size = 256\n"
+            "key_directory = /srv/keys\n"
+        )
+    )
+    assert found.volumes == VolumeSettings(
+        group="vg-guests", thin=True, clear="shred", clear_size=2 << 20
+    )
+    assert found.encryption == EncryptionSettings(
+        key_manager=KeyManager.FILE, key_directory=Path("/srv/keys"), key_size=256
+    )
+
+
+def test_options_of_the_key_manager_are_known_where_it_is_used(write: Write) -> None:
+    section = "[key_manager]\nauth_type = keystone_password\n[barbican]\nnumber_of_retries = 7\n"
+    use = (
+        "[libvirt]\nimages_type = lvm\nimages_volume_group = vg\n"
+        "[ephemeral_storage_encryption]\nenabled = true\nkey_manager = barbican\n"
+    )
+    assert len(read(write(LOCAL + section)).warnings()) == 2
+    found = read(write(LOCAL + section + use))
+    assert (found.warnings(), found.problems()) == ([], [])
+    values = {(value.section, value.name): value.value for value in found.effective()}
+    assert values["barbican", "number_of_retries"] == "7"
 
 
 def test_all_problems_are_named_at_once(write: Write) -> None:

@@ -21,7 +21,7 @@ from agent.disk import DiskType, Link
 from agent.files import write_durably
 from agent.job import ImagesType
 from agent.listener import Listener
-from agent.settings import Settings
+from agent.settings import Settings, VolumeSettings
 from agent.views import Check, Finding, Result
 from tests.api_server import listener, service, socket_path
 from tests.cache_kit import CacheKit, Source, random_bytes
@@ -180,6 +180,16 @@ def test_a_unit_that_lets_the_agent_do_its_work_is_well(settings: Settings) -> N
     assert "CAP_FOWNER" in only(host.judge_unit(powerless, shipped), Result.WARNING).message
     missing = UNIT.replace("LoadState=loaded", "LoadState=not-found")
     assert results(host.judge_unit(missing, shipped)) == [("unit", Result.WARNING)]
+
+
+def test_a_unit_that_cannot_do_logical_volumes_is_told_of(settings: Settings) -> None:
+    group = VolumeSettings(group="vg", thin=False, clear="zero", clear_size=None)
+    with_volumes = dataclasses.replace(settings, volumes=group)
+    unprotected = UNIT.replace("ProtectSystem=strict\n", "")
+    found = only(host.judge_unit(unprotected, with_volumes), Result.ERROR)
+    assert "bootwright-lvm.conf" in found.hint
+    more = unprotected.replace("cap_fowner", "cap_dac_override cap_fowner cap_sys_admin")
+    assert results(host.judge_unit(more, with_volumes)) == [("unit", Result.OK)]
 
 
 @pytest.mark.parametrize("check", [host.capabilities, host.kernel, host.clock, host.programs])

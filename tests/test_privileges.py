@@ -98,7 +98,7 @@ def test_dead_helper_is_noticed_and_never_replaced_through_sudo(instances: Path)
         "early": False,
         "noticed": True,
         "calls": ["ConnectionError", "ConnectionError"],
-        "children": "",
+        "children": [],
     }
 
 
@@ -117,6 +117,25 @@ def test_without_the_capability_the_agent_runs_and_says_what_is_missing(instance
     assert result["refusals"] == {FOREIGN: "PermissionError"}
     assert result["helper_holds"] == []
     assert "WARNING agent.privileges started without CAP_FOWNER" in log
+
+
+def test_each_helper_holds_what_is_its_own_and_the_agent_nothing(instances: Path) -> None:
+    capability = "fowner,+dac_override,+sys_admin"
+    result, log = observe(instances, "both", capability=capability)
+    assert result["helpers"] == [
+        ["CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_SYS_ADMIN"],
+        ["CAP_FOWNER"],
+    ]
+    assert not any(result["holdings"].values())
+    assert (result["touched"], result["volume_error"]) == ("", "ValueError")
+    assert result["alive"] == [True, False]
+    assert log == ""
+
+
+def test_helper_for_volumes_does_not_start_without_its_capabilities(instances: Path) -> None:
+    result, _ = observe(instances, "both")
+    assert "without CAP_DAC_OVERRIDE, CAP_SYS_ADMIN" in result["error"]
+    assert "docs/operations.md" in result["error"]
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,15 @@ def judge_unit(shown: str, settings: Settings) -> Iterator[Finding]:
             "has taken over is not recorded",
             "AmbientCapabilities=CAP_FOWNER, as in etc/bootwright.service",
         )
+    given = values.get("AmbientCapabilities", "")
+    if settings.volumes and not ("cap_sys_admin" in given and "cap_dac_override" in given):
+        yield error(
+            "unit",
+            f"{UNIT} gives no CAP_SYS_ADMIN and CAP_DAC_OVERRIDE to the helper for logical "
+            "volumes, so the agent does not start",
+            "install etc/bootwright-lvm.conf as a drop-in, see docs/operations.md; or unset "
+            "images_volume_group in [libvirt]",
+        )
     if values.get("ProtectSystem") == "strict":
         more = values.get("ReadWritePaths", "").split()
         writable = [*MADE_BY_UNIT, *(Path(path.lstrip("-+")) for path in more)]
@@ -141,7 +150,8 @@ def judge_unit(shown: str, settings: Settings) -> Iterator[Finding]:
 
 
 def _written_to(settings: Settings) -> list[Path]:
-    return [settings.instances_path, settings.state_path, settings.api.socket.parent]
+    keys = [] if settings.encryption is None else [settings.encryption.key_directory]
+    return [settings.instances_path, settings.state_path, settings.api.socket.parent, *keys]
 
 
 def capabilities(_: Settings) -> Iterator[Finding]:
@@ -174,10 +184,15 @@ def programs(settings: Settings) -> Iterator[Finding]:
                 f"{program} is not installed, so there are no ephemeral disks with {guest_format}",
                 f"install {process.debian_package(program)}",
             )
-    for program, purpose in (
+    needed = [
         ("mkswap", "there are no swap disks"),
         ("prlimit", "qemu-img and others cannot be limited, and are not started"),
-    ):
+    ]
+    if settings.volumes is not None:
+        needed.append(("lvm", "there are no disks on logical volumes"))
+    if settings.encryption is not None:
+        needed.append(("cryptsetup", "disks cannot be encrypted, and none are made"))
+    for program, purpose in needed:
         if shutil.which(program, path=process.PATH) is None:
             yield error(
                 program,
