@@ -41,6 +41,8 @@ from agent.settings import (
 
 __all__ = ["ConfigError", "Configuration", "Value", "list_opts", "sample"]
 
+_EXTENDED_L2_KIB: Final = 16
+
 _LONGEST_SOCKET_PATH: Final = 107
 """Bytes, without the final NUL: unix(7)."""
 
@@ -140,6 +142,8 @@ class Configuration:
                 ),
                 cache_modes={DiskType(kind): mode for kind, mode in cache_modes.items()},
                 discard=conf.libvirt.hw_disk_discard,
+                qcow2_cluster_size=conf.libvirt.qcow2_cluster_size << 10,
+                qcow2_extended_l2=conf.libvirt.qcow2_extended_l2,
                 rbd=self._rbd(),
             ),
             volumes=self._volumes(),
@@ -354,6 +358,12 @@ class Configuration:
                     )
             case ("glance", "verify_glance_signatures", True):
                 problem = "this release does not verify signatures: only false is possible"
+            case ("libvirt", "qcow2_cluster_size", int(kib)) if kib & (kib - 1):
+                problem = "is no power of two"
+            case ("libvirt", "qcow2_extended_l2", True) if (
+                self._conf.libvirt.qcow2_cluster_size < _EXTENDED_L2_KIB
+            ):
+                problem = f"needs a qcow2_cluster_size of {_EXTENDED_L2_KIB} or more"
             case ("DEFAULT", "force_raw_images", False):
                 problem = "this release keeps every base as raw: only true is possible"
             case _:

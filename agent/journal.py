@@ -89,7 +89,6 @@ class Journal:
             )
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.execute("PRAGMA foreign_keys = ON")
             self._migrate(path)
         except (sqlite3.Error, OSError) as e:
@@ -115,10 +114,18 @@ class Journal:
             self._connection.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Raises: InsufficientFreeSpace, BackendError: it could not be made durable."""
+    def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """Commit what the block does; not `durable`, it may be lost with the power, in order.
+
+        Raises:
+            InsufficientFreeSpace, BackendError: it could not be made durable.
+        """
         with self._lock:
             try:
+                # In WAL mode it is only the sync at the end that NORMAL leaves out: the
+                # next durable transaction makes it up, since all go to one file in turn.
+                level = "FULL" if durable else "NORMAL"
+                self._connection.execute(f"PRAGMA synchronous = {level}")
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._connection
@@ -185,9 +192,12 @@ class Journal:
             ).fetchone()
         return None if row is None else _same_job(key, row, body_digest)
 
-    def record(self, report: JobReport, message: str) -> None:
-        """Make the job's new state durable, and tell `message` to whoever follows events."""
-        with self._transaction() as db:
+    def record(self, report: JobReport, message: str, *, durable: bool) -> None:
+        """Note the job's new state, and tell `message` to whoever follows events.
+
+        `durable`: whether a power cut may not take it back. A crash of the agent never does.
+        """
+        with self._transaction(durable=durable) as db:
             db.execute(
                 "UPDATE job SET status = ?, report = ? WHERE id = ?",
                 (report.status, report.model_dump_json(), report.id),

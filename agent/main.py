@@ -29,7 +29,7 @@ from agent.image import Image
 from agent.image_cache import ImageCache
 from agent.instance_keys import FileKeys, InstanceKeys
 from agent.instances import Instances
-from agent.job import ImagesType
+from agent.job import ImagesType, JobRequest
 from agent.journal import Journal
 from agent.last_use import LastUse
 from agent.layout import Formats
@@ -37,6 +37,7 @@ from agent.listener import Listener, MetricsListener
 from agent.provision import Provisioner
 from agent.prune import Policy
 from agent.pruner import Pruner
+from agent.qcow2 import Geometry
 from agent.qemu_img import QemuImg
 from agent.scrub import Scrub
 from agent.service import Agent
@@ -217,6 +218,7 @@ class _Parts:
             self.journal,
             Provisioner(host=host, settle=self._settle).execute,
             concurrency=settings.max_concurrent_builds,
+            untouched=self._untouched,
         )
         self.agent = Agent(
             journal=self.journal,
@@ -237,6 +239,10 @@ class _Parts:
         if settings.api.metrics_listen is not None:
             probes = create_metrics_app(self.agent)
             self._listeners.append(MetricsListener(probes, settings.api.metrics_listen))
+
+    def _untouched(self, request: JobRequest) -> bool:
+        uuid = None if request.instance is None else request.instance.uuid
+        return uuid is None or self.instances.get(uuid) is None
 
     def _settle(self, instance_uuid: str, job_id: str, cancellation: Cancellation) -> None:
         self.worker.settle(instance_uuid, job_id, cancellation)
@@ -327,7 +333,14 @@ def _backends(
     settings: Settings, qemu_img: QemuImg, hypervisor: Hypervisor, lvm: Lvm | None
 ) -> Backends:
     backends: dict[ImagesType, Backend] = {
-        ImagesType.QCOW2: Qcow2(qemu_img, preallocate=settings.preallocate),
+        ImagesType.QCOW2: Qcow2(
+            qemu_img,
+            preallocate=settings.preallocate,
+            geometry=Geometry(
+                cluster_size=settings.libvirt.qcow2_cluster_size,
+                extended_l2=settings.libvirt.qcow2_extended_l2,
+            ),
+        ),
         ImagesType.RAW: Flat(preallocate=settings.preallocate),
         ImagesType.PLOOP: Ploop(qemu_img),
     }

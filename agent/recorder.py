@@ -1,7 +1,8 @@
 """The running record of one job: its phases, its result, how it ended.
 
-A phase is journaled when it begins; what is learned within a phase goes with
-the next entry. Progress is not journaled at all: it is true for a moment only.
+A phase is journaled when it begins, though not synced: only how a job ended has
+to survive a power cut. What is learned within a phase goes with the next entry.
+Progress is not journaled at all: it is true for a moment only.
 """
 
 import threading
@@ -60,10 +61,11 @@ class Recorder:
         )
 
     def phase(self, phase: TaskState) -> None:
-        """Begin `phase`, durably. A phase that was there before goes on."""
+        """Begin `phase`. One that was there before goes on."""
         self._close_phase()
         self.note(status=Status.BUILD, task_state=phase)
-        self._write(phase.value.replace("_", " "))
+        # After a power cut the job runs again from its first step, whatever phase it was in.
+        self._write(phase.value.replace("_", " "), durable=False)
 
     def finish(self, status: Status, message: str, error: BootwrightError | None = None) -> None:
         """Record how the job ended, durably."""
@@ -82,7 +84,7 @@ class Recorder:
                 phase=ended_in,
             ),
         )
-        self._write(message)
+        self._write(message, durable=True)
 
     def _close_phase(self) -> None:
         now = self._clock()
@@ -94,6 +96,6 @@ class Recorder:
         self._began = now
         self.note(timeline=tuple(self._phases.values()), progress=None)
 
-    def _write(self, message: str) -> None:
+    def _write(self, message: str, *, durable: bool) -> None:
         self.note(updated_at=self._now())
-        self._journal.record(self.report, message)
+        self._journal.record(self.report, message, durable=durable)

@@ -44,6 +44,9 @@ class LibvirtSettings:
     """Of the kinds of disks that have one configured."""
     discard: str | None
     """ignore or unmap; None leaves it to QEMU."""
+    qcow2_cluster_size: int
+    """Of new overlays."""
+    qcow2_extended_l2: bool
     rbd: RbdSettings | None
     """None: no disks in Ceph."""
 

@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from agent import logs
@@ -38,9 +38,18 @@ class _Running:
 class Worker:
     """May be shared by any number of threads."""
 
-    def __init__(self, journal: Journal, execute: Execute, *, concurrency: int) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        execute: Execute,
+        *,
+        concurrency: int,
+        untouched: Callable[[JobRequest], bool],
+    ) -> None:
+        """`untouched`: whether no run of a job can have left anything that has to be undone."""
         self._journal = journal
         self._execute = execute
+        self._untouched = untouched
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
@@ -80,18 +89,25 @@ class Worker:
             NotFound: there is no such job.
         """
         # QUEUED alone: a job in BUILD that does not run did so before a restart,
-        # and only another run of it can undo what it made.
-        self._cancel(job_id, Cancelled(message), at_once=(Status.QUEUED,))
+        # and only another run of it can undo what it made. After a power cut even
+        # one that is QUEUED may have made something.
+        self._cancel(
+            job_id,
+            Cancelled(message),
+            at_once=lambda job: job.report.status is Status.QUEUED and self._untouched(job.request),
+        )
 
-    def _cancel(self, job_id: str, reason: Cancelled, *, at_once: Collection[Status]) -> None:
+    def _cancel(self, job_id: str, reason: Cancelled, *, at_once: Callable[[Job], bool]) -> None:
         # Under the lock a job cannot begin to run between the two looks.
         with self._lock:
             running = self._running.get(job_id)
             job = self._journal.get(job_id)
-            if running is None and job.report.status in at_once:
+            if job.report.status.final:
+                pass
+            elif running is None and at_once(job):
                 Recorder(self._journal, job).finish(Status.CANCELLED, reason.message, reason)
                 self._let_go()
-            elif not job.report.status.final:
+            else:
                 self._journal.cancel(job_id, reason.message)
         if running is not None:
             running.cancellation.cancel(reason)
@@ -114,7 +130,7 @@ class Worker:
         reason = Cancelled(f"the instance is being deleted by job {job_id}")
         for other in others:
             # What an earlier run of it made goes with the instance.
-            self._cancel(other, reason, at_once=(Status.QUEUED, Status.BUILD))
+            self._cancel(other, reason, at_once=lambda _: True)
         for other in others:
             while self._is_running(other):
                 cancellation.wait(0.1)

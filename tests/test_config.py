@@ -168,6 +168,11 @@ def test_known_names_are_not_warned_of(write: Write) -> None:
         ("[ephemeral_storage_encryption]\ncipher = x y\n", ["cipher = x y"]),
         ("[glance]\nverify_glance_signatures = true\n", ["does not verify signatures"]),
         ("[DEFAULT]\nforce_raw_images = false\n", ["force_raw_images = false", "only true"]),
+        ("[libvirt]\nqcow2_cluster_size = 96\n", ["qcow2_cluster_size = 96", "power of two"]),
+        (
+            "[libvirt]\nqcow2_cluster_size = 8\nqcow2_extended_l2 = true\n",
+            ["qcow2_extended_l2", "16 or more"],
+        ),
         ("[DEFAULT]\npreallocate_images = all\n", ["preallocate_images", "none, space"]),
     ],
 )

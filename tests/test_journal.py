@@ -91,7 +91,9 @@ def test_same_key_and_body_is_the_same_job(tmp_path: Path) -> None:
 def test_same_key_returns_the_job_as_it_has_become(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
     accepted = accept(journal, "job-1", request(idempotency_key="k"))
-    journal.record(accepted.model_copy(update={"status": Status.ACTIVE}), "the domain is running")
+    journal.record(
+        accepted.model_copy(update={"status": Status.ACTIVE}), "the domain is running", durable=True
+    )
     assert accept(journal, "job-2", request(idempotency_key="k")).status is Status.ACTIVE
 
 
@@ -109,7 +111,7 @@ def test_jobs_come_in_the_order_of_their_acceptance_and_by_status(tmp_path: Path
     for number in (3, 1, 2):
         accept(journal, f"job-{number}")
     done = report("job-1").model_copy(update={"status": Status.DONE})
-    journal.record(done, "done")
+    journal.record(done, "done", durable=True)
     assert [job.report.id for job in journal.jobs()] == ["job-3", "job-1", "job-2"]
     assert [job.report.id for job in journal.jobs((Status.DONE,))] == ["job-1"]
     assert [job.report.id for job in journal.unfinished()] == ["job-3", "job-2"]
@@ -137,7 +139,7 @@ def test_old_jobs_are_forgotten_with_their_events_and_unfinished_ones_never(
     journal.accept(wanted, report("new", created_at=9.5 * DAY_S), body_digest=digest_of(wanted))
     for job_id in ("old", "new"):
         finished = journal.get(job_id).report.model_copy(update={"status": Status.ERROR})
-        journal.record(finished, "it failed")
+        journal.record(finished, "it failed", durable=True)
 
     assert journal.forget(older_than_s=DAY_S) == 1
 
@@ -229,12 +231,12 @@ def test_whatever_happens_jobs_and_events_survive_a_restart_at_any_point(
                     jobs[job_id] = jobs[job_id].model_copy(
                         update={"status": Status.BUILD, "task_state": phase}
                     )
-                    journal.record(jobs[job_id], "on its way")
+                    journal.record(jobs[job_id], "on its way", durable=True)
                 case "finish" if job_id in jobs:
                     jobs[job_id] = jobs[job_id].model_copy(
                         update={"status": status, "task_state": None}
                     )
-                    journal.record(jobs[job_id], "at its end")
+                    journal.record(jobs[job_id], "at its end", durable=True)
                 case "reopen":
                     journal.close()
                     journal = Journal(path)

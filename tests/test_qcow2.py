@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from agent import qcow2
@@ -41,13 +41,24 @@ def check(path: Path) -> None:
     assert not {"corruptions", "leaks"} & answer.keys()
 
 
-@given(sizes, st.sampled_from(("raw", "qcow2")), st.integers(1, 3))
+geometries = st.one_of(
+    st.just(qcow2.DEFAULT_GEOMETRY),
+    st.builds(
+        lambda bits, extended: qcow2.Geometry(cluster_size=1 << bits, extended_l2=extended),
+        st.integers(14, 21),
+        st.booleans(),
+    ),
+)
+
+
+@given(sizes, geometries, st.sampled_from(("raw", "qcow2")), st.integers(1, 3))
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
 )
 def test_qemu_finds_nothing_wrong_with_an_overlay(
-    tmp_path: Path, size: int, backing_format: str, depth: int
+    tmp_path: Path, size: int, geometry: qcow2.Geometry, backing_format: str, depth: int
 ) -> None:
+    assume(geometry.l1_entries(size) <= 1 << 22)
     directory = tmp_path.joinpath(*["d" * 100] * depth)
     directory.mkdir(parents=True, exist_ok=True)
     base, target = directory / "base", tmp_path / "disk"
@@ -56,14 +67,20 @@ def test_qemu_finds_nothing_wrong_with_an_overlay(
     else:
         create_empty(base, 4096)
     qcow2.create_overlay(
-        target, virtual_size=size, backing_file=base, backing_format=backing_format
+        target,
+        virtual_size=size,
+        backing_file=base,
+        backing_format=backing_format,
+        geometry=geometry,
     )
     check(target)
     info = qemu_img("info", "--output=json", "-f", "qcow2", target)
     assert info["virtual-size"] == size
     assert info["backing-filename"] == str(base)
     assert info["backing-filename-format"] == backing_format
-    assert target.stat().st_blocks * 512 <= 3 * 4096
+    assert info["cluster-size"] == geometry.cluster_size
+    assert info["format-specific"]["data"]["extended-l2"] is geometry.extended_l2
+    assert target.stat().st_blocks * 512 <= 4 * 4096
 
 
 def test_a_backing_name_of_1023_bytes_is_read_back_whole(tmp_path: Path) -> None:
@@ -90,11 +107,27 @@ def test_a_backing_name_of_1023_bytes_is_read_back_whole(tmp_path: Path) -> None
     assert not (tmp_path / "other").exists()
 
 
-def test_an_overlay_shows_its_base_and_takes_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        qcow2.DEFAULT_GEOMETRY,
+        qcow2.Geometry(cluster_size=128 << 10, extended_l2=True),
+        qcow2.Geometry(cluster_size=4096),
+    ],
+    ids=str,
+)
+def test_an_overlay_shows_its_base_and_takes_writes(
+    tmp_path: Path, geometry: qcow2.Geometry
+) -> None:
     base, target, out = tmp_path / "base", tmp_path / "disk", tmp_path / "out"
     base.write_bytes(b"\x11" * MIB)
     qcow2.create_overlay(
-        target, virtual_size=2 * MIB, backing_file=base, backing_format="raw", mode=0o600
+        target,
+        virtual_size=2 * MIB,
+        backing_file=base,
+        backing_format="raw",
+        geometry=geometry,
+        mode=0o600,
     )
     assert target.stat().st_mode & 0o777 == 0o600
     subprocess.run(
@@ -108,6 +141,18 @@ def test_an_overlay_shows_its_base_and_takes_writes(tmp_path: Path) -> None:
     expected[4096:8192] = b"\x22" * 4096
     assert out.read_bytes() == expected
     assert base.read_bytes() == b"\x11" * MIB
+
+
+def test_a_disk_too_large_for_its_clusters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="larger clusters"):
+        qcow2.create_overlay(
+            tmp_path / "disk",
+            virtual_size=64 * TIB,
+            backing_file=tmp_path / "base",
+            backing_format="raw",
+            geometry=qcow2.Geometry(cluster_size=4096),
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [0, -512, 511, 513, 64 * TIB + 512])

@@ -28,7 +28,7 @@ class Host:
     def __init__(self, directory: Path) -> None:
         self.kit = CacheKit(directory=directory / "instances", source=Source())
         self.journal = Journal(directory / "journal.db")
-        self.worker = Worker(self.journal, self._execute, concurrency=1)
+        self.worker = Worker(self.journal, self._execute, concurrency=1, untouched=lambda _: True)
         self.agent = Agent(
             journal=self.journal,
             worker=self.worker,

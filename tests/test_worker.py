@@ -65,7 +65,7 @@ class Host:
     def __init__(self, path: Path) -> None:
         self.journal = Journal(path)
         self.work = Work()
-        self.worker = Worker(self.journal, self.work, concurrency=2)
+        self.worker = Worker(self.journal, self.work, concurrency=2, untouched=lambda _: True)
 
     def accept(self, job_id: str, name: str = "web-1", **fields: object) -> None:
         self._accept(
@@ -104,7 +104,7 @@ class Host:
     def go_on(self) -> None:
         """Have the worker of the agent that comes after this one."""
         self.work = Work()
-        self.worker = Worker(self.journal, self.work, concurrency=2)
+        self.worker = Worker(self.journal, self.work, concurrency=2, untouched=lambda _: True)
         for job in self.journal.unfinished():
             self.worker.enqueue(job.report.id)
 
@@ -288,7 +288,7 @@ def test_cancel_of_a_running_job_is_durable_before_it_is_acknowledged(host: Host
         stubborn.wait(LIMIT_S)
         recorder.finish(Status.ACTIVE, "the domain is running")
 
-    host.worker = Worker(host.journal, work, concurrency=1)
+    host.worker = Worker(host.journal, work, concurrency=1, untouched=lambda _: True)
     host.accept("job-1")
     host.worker.start()
     until(lambda: host.journal.get("job-1").report.status is Status.BUILD)

@@ -21,10 +21,17 @@ class Qcow2:
     A disk that stands on no base is a flat one: as qcow2 it would share nothing.
     """
 
-    def __init__(self, qemu_img: QemuImg, *, preallocate: bool = False) -> None:
+    def __init__(
+        self,
+        qemu_img: QemuImg,
+        *,
+        preallocate: bool = False,
+        geometry: qcow2.Geometry = qcow2.DEFAULT_GEOMETRY,
+    ) -> None:
         """`preallocate`: take the space of a whole disk when it is made."""
         self._qemu_img = qemu_img
         self._preallocate = preallocate
+        self._geometry = geometry
         self._flat = Flat(preallocate=preallocate)
 
     def direct(self, image: Image) -> Base | None:  # noqa: ARG002
@@ -54,6 +61,7 @@ class Qcow2:
                 virtual_size=disk.virtual_size,
                 backing_file=base.path,
                 backing_format=base.format,
+                geometry=self._geometry,
             )
         except (ValueError, OSError) as e:
             raise BackendError(f"creating the overlay {disk.path}: {e}") from e
