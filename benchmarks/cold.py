@@ -1,6 +1,6 @@
 """An image that is not here yet: Bootwright beside doing it by hand, in one run.
 
-    python -m benchmarks.cold [--rounds 5] [--scale 1.0] [DIRECTORY]
+    python -m benchmarks.cold [--rounds 5] [--scale 1.0] [--only NAME] [DIRECTORY]
 
 For each image of one set, served by a real Glance on loopback:
 
@@ -147,6 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="of the images' sizes")
+    parser.add_argument("--only", default="", help="images whose name has this in it")
     parser.add_argument("directory", nargs="?", type=Path, default=Path("/var/tmp"))
     arguments = parser.parse_args()
     cache = Path(os.environ.get("BOOTWRIGHT_CACHE", "/var/cache/bootwright-dev"))
@@ -156,6 +157,8 @@ def main() -> None:
             print(f"medians of {arguments.rounds}, scale {arguments.scale:g}")
             print(f"{'image':<16}{'way':<12}{'wall s':>8}{'CPU s':>8}{'written':>10}{'RSS':>8}")
             for subject in subjects(directory, arguments.scale):
+                if arguments.only not in subject.name:
+                    continue
                 image_id = glance.upload(subject.path, disk_format=subject.disk_format)
                 bench = Bench(
                     subject=subject,
