@@ -3,28 +3,21 @@
 Every call has a limit in time, is made again once if the connection turns out
 to be dead (libvirtd was restarted), and may be made any number of times: to
 destroy what is not running or to start what runs is no error. Builds no XML.
-
-Why there is no libvirt event loop: its keepalive is answered by libvirtd's
-main thread, so it does not notice a call that is stuck in libvirtd (a driver
-waiting five minutes for a storage cluster does that), and it is not in force
-while a connection is being opened. A thread for each call bounds both, for
-some 50 µs beside the millisecond of the call itself.
 """
 
 import base64
 import contextlib
 import logging
-import queue
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 from uuid import UUID
 from xml.etree import ElementTree as ET
 
 import libvirt
 
-from agent.errors import HypervisorError, InstanceExists, InvalidJob
+from agent.errors import InstanceExists, InvalidJob
+from agent.libvirt_connection import Connection, Domain, Libvirt
 
 LOG = logging.getLogger(__name__)
 
@@ -34,10 +27,6 @@ T = TypeVar("T")
 # what it can do (4 s for each, once), gets more than a look-up.
 _LOOK_LIMIT_S: Final = 15.0
 _WORK_LIMIT_S: Final = 120.0
-
-# Calls at one time. One that never comes back keeps its place, thread and
-# connection until libvirtd answers or dies; the others wait, within their limit.
-_CALLS: Final = 16
 
 _STATES: Final = {
     libvirt.VIR_DOMAIN_NOSTATE: "no state",
@@ -62,54 +51,6 @@ _BAD_XML: Final = (
     libvirt.VIR_ERR_XML_DETAIL,
     libvirt.VIR_ERR_XML_INVALID_SCHEMA,
 )
-
-
-class Domain(Protocol):
-    """The calls in use of `libvirt.virDomain`."""
-
-    def name(self) -> str: ...
-    def UUIDString(self) -> str: ...  # noqa: N802
-    def isActive(self) -> int: ...  # noqa: N802
-    def state(self) -> list[int]: ...
-    def create(self) -> int: ...
-    def destroy(self) -> int: ...
-    def XMLDesc(self, flags: int) -> str: ...  # noqa: N802
-    def blockResize(self, disk: str, size: int, flags: int) -> int: ...  # noqa: N802
-    def undefine(self) -> int: ...
-    def undefineFlags(self, flags: int) -> int: ...  # noqa: N802
-    def metadata(self, type: int, uri: str) -> str: ...  # noqa: A002
-
-
-class Secret(Protocol):
-    """The calls in use of `libvirt.virSecret`."""
-
-    def setValue(self, value: bytes) -> int: ...  # noqa: N802
-
-
-class Network(Protocol):
-    """The calls in use of `libvirt.virNetwork`."""
-
-    def isActive(self) -> int: ...  # noqa: N802
-
-
-class Connection(Protocol):
-    """The calls in use of `libvirt.virConnect`."""
-
-    def isAlive(self) -> int: ...  # noqa: N802
-    def close(self) -> int: ...
-    def getType(self) -> str: ...  # noqa: N802
-    def getVersion(self) -> int: ...  # noqa: N802
-    def getLibVersion(self) -> int: ...  # noqa: N802
-    def getDomainCapabilities(  # noqa: N802
-        self, emulator: None, arch: None, machine: str | None, virttype: str
-    ) -> str: ...
-    def lookupByUUIDString(self, uuid: str) -> Domain: ...  # noqa: N802
-    def lookupByName(self, name: str) -> Domain: ...  # noqa: N802
-    def listAllDomains(self) -> list[Domain]: ...  # noqa: N802
-    def defineXML(self, xml: str) -> Domain: ...  # noqa: N802
-    def secretLookupByUUIDString(self, uuid: str) -> Secret: ...  # noqa: N802
-    def secretDefineXML(self, xml: str) -> Secret: ...  # noqa: N802
-    def networkLookupByName(self, name: str) -> Network: ...  # noqa: N802
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,15 +84,10 @@ class Hypervisor:
             look_limit_s: seconds for a call that only looks.
             work_limit_s: seconds for one that defines, starts or ends a domain.
         """
-        self._uri = uri
+        self._libvirt = Libvirt(uri)
         self._virt_type = virt_type
         self._look_limit_s = look_limit_s
         self._work_limit_s = work_limit_s
-        self._connection: Connection | None = None
-        self._lock = threading.Lock()
-        self._places = threading.Semaphore(_CALLS)
-        # Without one libvirt writes each error to standard error as well.
-        libvirt.registerErrorHandler(_say_nothing, None)
 
     def version(self) -> str:
         """Such as `libvirt 9.0.0, QEMU 7.2.22`."""
@@ -387,121 +323,13 @@ class Hypervisor:
 
     def close(self) -> None:
         """Give up the connection; the next call opens another."""
-        with self._lock:
-            connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(libvirt.libvirtError):
-                connection.close()
+        self._libvirt.close()
 
     def _look(self, what: str, call: Callable[[Connection], T]) -> T:
-        return self._bounded(what, call, self._look_limit_s)
+        return self._libvirt.call(what, call, self._look_limit_s)
 
     def _work(self, what: str, call: Callable[[Connection], T]) -> T:
-        return self._bounded(what, call, self._work_limit_s)
-
-    def _bounded(self, what: str, call: Callable[[Connection], T], limit_s: float) -> T:
-        """Make `call` in a thread of its own and wait for it no longer than `limit_s`."""
-        if not self._places.acquire(timeout=limit_s):
-            raise self._no_answer(what, limit_s)
-        outcome: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
-        given_up = threading.Event()
-
-        def attempt(connection: Connection) -> T:
-            # Opening the connection, or the first attempt, took until nobody
-            # waits any more: a domain must not come up after it was said to fail.
-            if given_up.is_set():
-                raise self._no_answer(what, limit_s)
-            return call(connection)
-
-        def run() -> None:
-            try:
-                outcome.put(self._twice(attempt))
-            except BaseException as e:  # noqa: BLE001 - raised again by who waits
-                outcome.put(e)
-            finally:
-                self._places.release()
-
-        try:
-            threading.Thread(target=run, name="libvirt call", daemon=True).start()
-        except RuntimeError as e:
-            self._places.release()
-            raise HypervisorError(
-                f"{what} {self._uri}: {e}", "the agent has used up TasksMax of its unit, or memory"
-            ) from e
-        try:
-            result = outcome.get(timeout=limit_s)
-        except queue.Empty:
-            given_up.set()
-            # Whoever asks next shall not queue up behind the call that is stuck.
-            with self._lock:
-                self._connection = None
-            raise self._no_answer(what, limit_s) from None
-        match result:
-            case libvirt.libvirtError():
-                raise self._refused(what, result) from result
-            case BaseException():
-                raise result
-            case _:
-                return result
-
-    def _twice(self, call: Callable[[Connection], T]) -> T:
-        connection = self._connected()
-        try:
-            return call(connection)
-        except libvirt.libvirtError as e:
-            if not self._lost(connection, e):
-                raise
-            LOG.warning("lost the connection to %s, opening another: %s", self._uri, e)
-        return call(self._connected())
-
-    def _connected(self) -> Connection:
-        with self._lock:
-            connection = self._connection
-        if connection is not None and _alive(connection):
-            return connection
-        # Not under the lock: a libvirtd that hangs would hold it for ever. Two
-        # threads may open one each; the later one is kept, the other one lives
-        # as long as its call.
-        opened: Connection = libvirt.open(self._uri)
-        with self._lock:
-            self._connection = opened
-        return opened
-
-    def _lost(self, connection: Connection, error: Exception) -> bool:
-        """Whether a call failed because of the connection; then it is forgotten."""
-        from_transport = (
-            isinstance(error, libvirt.libvirtError)
-            and error.get_error_domain() == libvirt.VIR_FROM_RPC
-        )
-        if not from_transport and _alive(connection):
-            return False
-        with self._lock:
-            if self._connection is connection:
-                self._connection = None
-        return True
-
-    def _no_answer(self, what: str, limit_s: float) -> HypervisorError:
-        return HypervisorError(
-            f"{what} {self._uri}: no answer within {limit_s:g} s",
-            "libvirtd hangs, or waits for storage: see 'journalctl -u libvirtd'",
-        )
-
-    def _refused(self, what: str, error: libvirt.libvirtError) -> HypervisorError:
-        said = error.get_error_message() or str(error)
-        return HypervisorError(f"{what} {self._uri}: {said}", _hint(error, said))
-
-
-def _hint(error: libvirt.libvirtError, said: str) -> str:
-    if error.get_error_code() in (libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_UNAVAILABLE):
-        return "the agent's user must be in group libvirt"
-    if error.get_error_domain() in (libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE):
-        # The system's own words, in the one language that has no catalogue.
-        if "Permission denied" in said:
-            return "the agent's user must be in group libvirt"
-        return "is libvirtd running? see 'systemctl status libvirtd'"
-    if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-        return "somebody undefined it; see 'virsh list --all'"
-    return "libvirt's own reasons are in 'journalctl -u libvirtd' and /var/log/libvirt/qemu"
+        return self._libvirt.call(what, call, self._work_limit_s)
 
 
 def _check_free(connection: Connection, xml: str, error: Exception) -> None:
@@ -529,20 +357,9 @@ def _passing_over_missing() -> Iterator[None]:
             raise
 
 
-def _alive(connection: Connection) -> bool:
-    try:
-        return bool(connection.isAlive())
-    except libvirt.libvirtError:
-        return False
-
-
 def _state(domain: Domain) -> str:
     return _STATES.get(domain.state()[0], "no state")
 
 
 def _dotted(version: int) -> str:
     return f"{version // 1_000_000}.{version // 1000 % 1000}.{version % 1000}"
-
-
-def _say_nothing(context: object, error: object) -> None:
-    """Every error reaches us as an exception too."""
