@@ -34,6 +34,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     host.programs,
     host.kernel,
     outside.images,
+    outside.ceph,
     host.clock,
     outside.agent,
 )

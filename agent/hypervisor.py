@@ -7,7 +7,6 @@ destroy what is not running or to start what runs is no error. Builds no XML.
 
 import base64
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -18,8 +17,6 @@ import libvirt
 
 from agent.errors import InstanceExists, InvalidJob
 from agent.libvirt_connection import Connection, Domain, Libvirt
-
-LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from functional.harness.console import Seen, wait_ready
 from functional.harness.glance import Glance
 from functional.harness.guest import CONSOLE_PREFIX, Guest
 from functional.harness.libvirtd import PrivateLibvirtd
+from functional.harness.mounts import small_file_system
 
 GIB = 1 << 30
 
@@ -164,6 +166,26 @@ def test_a_guest_boots_on_the_hardware_its_image_asks_for(
     assert root["device_name"] == {"scsi": "sda", "ide": "hda"}.get(
         properties.get("hw_disk_bus", ""), "vda"
     )
+
+
+def test_raw_disks_share_the_blocks_of_their_base_where_the_file_system_can(
+    make_agent: MakeAgent, images: Images, guest: Guest, work: Path
+) -> None:
+    with small_file_system(work / "reflinks", mib=512, kind="xfs"):
+        agent = make_agent(root=work / "reflinks" / "agent")
+        document = job(images.root, action="prepare", images_type="raw")
+        agent.boot(document)
+        before = shutil.disk_usage(work / "reflinks").used
+        document["instance"] = {"name": "web-2"}
+        result = agent.boot(document)
+        grown = shutil.disk_usage(work / "reflinks").used - before
+        root = next(disk for disk in result["disks"] if disk["role"] == "root")
+        with Path(root["path"]).open("rb") as file:
+            content = file.read(guest.root.stat().st_size)
+        agent.close()
+    assert content == guest.root.read_bytes()
+    # Records, and the journal; the image alone has 16 MiB.
+    assert grown < 2 << 20
 
 
 def test_limits_of_the_flavor_are_on_the_disk_of_the_running_guest(

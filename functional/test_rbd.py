@@ -205,6 +205,12 @@ def test_guest_boots_off_an_image_that_was_imported(
     assert ceph.images(POOL) == set()
 
 
+def test_the_doctor_looks_at_the_cluster(agent: Agent, ceph: Ceph) -> None:
+    findings = json.loads(agent.run("--format", "json", "doctor", "--user", USER).stdout)["checks"]
+    [found] = [each for each in findings if each["name"] == "ceph"]
+    assert found["message"].endswith(f"images in pool {POOL}")
+
+
 def test_guest_boots_off_a_clone_of_glances_own_image_and_nothing_is_fetched(
     cloning_agent: Agent, ceph: Ceph, rbd_glance: Glance, guest: Guest, libvirtd: PrivateLibvirtd
 ) -> None:

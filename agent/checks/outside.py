@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from agent import image_source
+from agent.ceph import Cluster
 from agent.checks import error, ok, warning
 from agent.client import AgentUnavailable, Client, Refused
 from agent.directory import DirectorySource
@@ -37,6 +38,23 @@ def libvirt(settings: Settings) -> Iterator[Finding]:
         )
     finally:
         hypervisor.close()
+
+
+def ceph(settings: Settings) -> Iterator[Finding]:
+    """The cluster answers, and accepts our user; nothing to say where there is none."""
+    rbd = settings.libvirt.rbd
+    if rbd is None:
+        return
+    cluster = Cluster(rbd.ceph_conf, rbd.user, connect_timeout_s=rbd.connect_timeout_s)
+    try:
+        monitors = cluster.monitors()
+        cluster.key()
+        with cluster.pool(rbd.pool) as pool:
+            images = len(pool.names())
+    except BootwrightError as e:
+        yield error("ceph", e.message, e.hint)
+    else:
+        yield ok("ceph", f"{len(monitors)} monitors, {images} images in pool {rbd.pool}")
 
 
 def images(settings: Settings) -> Iterator[Finding]:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 @contextmanager
-def small_file_system(directory: Path, *, mib: int) -> Iterator[None]:
-    """Mount an ext4 of that size, in a file beside it, on a directory; it is made."""
-    image = directory.with_name(f"{directory.name}.ext4")
+def small_file_system(directory: Path, *, mib: int, kind: str = "ext4") -> Iterator[None]:
+    """Mount an ext4 or xfs of that size, in a file beside it, on a directory; it is made."""
+    image = directory.with_name(f"{directory.name}.{kind}")
     directory.mkdir(parents=True)
     with image.open("wb") as file:
         file.truncate(mib << 20)
     # Without blocks that only root may use: the agent and we shall see the same.
-    _run("mkfs.ext4", "-q", "-m", "0", image)
+    _run(f"mkfs.{kind}", "-q", *(["-m", "0"] if kind == "ext4" else []), image)
     _run("mount", "-o", "loop", image, directory)
     try:
         yield
