@@ -26,9 +26,11 @@ from agent.errors import InvalidJob
 from agent.job import HostName, ImageId, JobRequest, Uuid
 from agent.report import JobReport, Status
 from agent.views import (
+    COMPLETE_HEADER,
     AgentStatus,
     CacheStatus,
     Check,
+    ConsolePiece,
     Decision,
     Event,
     GcReport,
@@ -121,11 +123,8 @@ class Service(Protocol):
 
     def delete_instance(self, name_or_uuid: str, *, request_id: str) -> JobReport: ...
 
-    def console(self, name_or_uuid: str, offset: int) -> bytes:
-        """Return a piece of what the guest's console has shown, from byte `offset` on.
-
-        Empty at the end.
-        """
+    def console(self, name_or_uuid: str, offset: int) -> ConsolePiece:
+        """Return a piece of what is kept of the guest's console, from byte `offset` on."""
 
     def status(self) -> AgentStatus: ...
 
@@ -370,7 +369,12 @@ def _add_instances(app: FastAPI, service: Service) -> None:
         name_or_uuid: InstancePath,
         offset: Annotated[int, Query(ge=0, le=_LARGEST_NUMBER)] = 0,
     ) -> Response:
-        return Response(service.console(name_or_uuid, offset), media_type="text/plain")
+        piece = service.console(name_or_uuid, offset)
+        headers = {
+            "ETag": f'"{piece.begins}"',
+            COMPLETE_HEADER: "true" if piece.complete else "false",
+        }
+        return Response(piece.data, media_type="text/plain", headers=headers)
 
 
 def _add_probes(app: FastAPI, service: Service, registry: CollectorRegistry) -> None:

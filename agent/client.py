@@ -17,8 +17,10 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from agent.report import ErrorReport, JobReport, Status
 from agent.views import (
+    COMPLETE_HEADER,
     AgentStatus,
     CacheStatus,
+    ConsolePiece,
     Decision,
     Event,
     GcReport,
@@ -188,10 +190,15 @@ class Client:
         path = f"/v1/instances/{_quoted(name_or_uuid)}"
         return _read(JobReport, self._request("DELETE", path))
 
-    def console(self, name_or_uuid: str, offset: int = 0) -> bytes:
-        """Return a piece of what the console has shown, from byte `offset` on; empty at the end."""
+    def console(self, name_or_uuid: str, offset: int = 0) -> ConsolePiece:
+        """Return a piece of what is kept of a console, from byte `offset` on."""
         path = f"/v1/instances/{_quoted(name_or_uuid)}/console"
-        return self._request("GET", path, {"offset": str(offset)}).content
+        response = self._request("GET", path, {"offset": str(offset)})
+        return ConsolePiece(
+            data=response.content,
+            begins=response.headers.get("ETag", ""),
+            complete=response.headers.get(COMPLETE_HEADER) != "false",
+        )
 
     def status(self) -> AgentStatus:
         return _read(AgentStatus, self._request("GET", "/v1/status"))

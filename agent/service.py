@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from agent import console
 from agent.cancellation import Cancellation
 from agent.directory import DirectorySource
 from agent.errors import AgentStopping, BootwrightError, HypervisorError, InvalidJob, NotFound
@@ -27,6 +28,7 @@ from agent.views import (
     AgentStatus,
     CacheStatus,
     Check,
+    ConsolePiece,
     Decision,
     Event,
     GcReport,
@@ -318,22 +320,9 @@ class Agent:
             key = {"name": name_or_uuid}
         return self.submit({"action": "delete", "instance": key}, request_id=request_id)
 
-    def console(self, name_or_uuid: str, offset: int) -> bytes:
+    def console(self, name_or_uuid: str, offset: int) -> ConsolePiece:
         record = self._instances.find(name_or_uuid)
-        path = self._instances.console_of(record.uuid)
-        try:
-            with path.open("rb") as file:
-                # Further than a file can be long there is no seeking.
-                file.seek(min(offset, os.fstat(file.fileno()).st_size))
-                return file.read(CONSOLE_CHUNK)
-        except FileNotFoundError:
-            return b""
-        except PermissionError as e:
-            raise NotFound(
-                f"the console log {path} cannot be read: whoever rotated it (virtlogd) keeps it "
-                "to itself",
-                "read it as root, or raise max_size in virtlogd.conf",
-            ) from e
+        return console.read(self._instances.console_of(record.uuid), offset, CONSOLE_CHUNK)
 
     # The agent itself
 

@@ -5,6 +5,8 @@ them unchanged. Sizes are bytes, instants are seconds since the epoch.
 """
 
 import enum
+from dataclasses import dataclass
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -180,6 +182,21 @@ class Finding(_View):
     message: str
     hint: str = ""
     """What to do about it; empty if it is as it should be."""
+
+
+COMPLETE_HEADER: Final = "X-Console-Complete"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConsolePiece:
+    """Some bytes of a console. Travels as a body and its headers, not as JSON."""
+
+    data: bytes
+    """Empty at the end."""
+    begins: str
+    """What names the first byte that is kept; when it changes, so does what an offset means."""
+    complete: bool
+    """False if earlier bytes are gone."""
 
 
 class AgentStatus(_View):

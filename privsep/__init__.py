@@ -11,6 +11,7 @@ Arguments, results and exceptions travel as msgpack: `str`, `int`, `bool`,
 `bytes`, `dict` and tuples, and exceptions of the standard library only.
 """
 
+import os
 from collections.abc import Callable
 from typing import Final, ParamSpec, TypeVar, cast
 
@@ -28,6 +29,10 @@ CALL_TIMEOUT: Final = 10.0
 
 VOLUME_TIMEOUT: Final = 300.0
 """The same for a call that runs a tool of LVM, which may have to wait for another's lock."""
+
+# A directory is only a place to stand on: O_PATH asks for no read permission on it, and
+# O_NOFOLLOW refuses the last component if it is a symbolic link.
+OPEN_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class HelperContext(PrivContext):

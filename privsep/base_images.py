@@ -13,13 +13,9 @@ from typing import Final
 
 from oslo_config import cfg
 
-from privsep import base_owner
+from privsep import OPEN_DIRECTORY, base_owner
 
 _BASE_NAME: Final = re.compile("[0-9a-f]{40}")
-
-# The directory is only a place to stand on: O_PATH asks for no read permission
-# on it, and O_NOFOLLOW refuses the last component if it is a symbolic link.
-_OPEN_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @base_owner.entrypoint
@@ -61,8 +57,8 @@ def _open_cache() -> int:
     The two components opened here are those the service user could replace by
     a link: what is above them belongs to root, who may link as he pleases.
     """
-    instances = os.open(cfg.CONF.instances_path, _OPEN_DIRECTORY)
+    instances = os.open(cfg.CONF.instances_path, OPEN_DIRECTORY)
     try:
-        return os.open(cfg.CONF.image_cache.subdirectory_name, _OPEN_DIRECTORY, dir_fd=instances)
+        return os.open(cfg.CONF.image_cache.subdirectory_name, OPEN_DIRECTORY, dir_fd=instances)
     finally:
         os.close(instances)

@@ -20,6 +20,7 @@ from agent.views import (
     AgentStatus,
     CacheStatus,
     Check,
+    ConsolePiece,
     Decision,
     Event,
     GcReport,
@@ -45,6 +46,8 @@ class FakeService:
         self.added: dict[str, bytes] = {}
         self.damaged: set[str] = set()
         self.console_output = b"Linux version 6.1\n" * 3
+        self.console_gone = 0
+        self.console_rotates = False
         self.changed = threading.Condition()
         self.all_events: list[Event] = []
         self.all_jobs: dict[str, JobReport] = {}
@@ -245,9 +248,17 @@ class FakeService:
         document: dict[str, object] = {"action": "delete", "instance": {"name": view.name}}
         return self.submit(document, request_id=request_id)
 
-    def console(self, name_or_uuid: str, offset: int) -> bytes:
+    def console(self, name_or_uuid: str, offset: int) -> ConsolePiece:
         self.instance(name_or_uuid)
-        return self.console_output[offset : offset + 20]
+        if self.console_rotates and offset:
+            # Between two requests the guest says so much that the oldest line goes.
+            self.console_rotates, self.console_gone = False, 18
+        kept = self.console_output[self.console_gone :]
+        return ConsolePiece(
+            data=kept[offset : offset + 20],
+            begins=str(self.console_gone),
+            complete=not self.console_gone,
+        )
 
     def status(self) -> AgentStatus:
         return AgentStatus(

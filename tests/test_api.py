@@ -189,6 +189,7 @@ def test_instances_and_their_consoles(http: httpx.Client) -> None:
     console = http.get("/v1/instances/web-1/console?offset=6")
     assert console.content.startswith(b"version")
     assert console.headers["content-type"].startswith("text/plain")
+    assert (console.headers["etag"], console.headers["x-console-complete"]) == ('"0"', "true")
     assert http.delete("/v1/instances/web-1").status_code == 202
     assert http.get("/v1/instances").json() == {"instances": []}
 

@@ -235,11 +235,25 @@ def test_no_such_thing_exits_4(cli: Cli, args: tuple[str, ...]) -> None:
     assert "NotFound" in result.stderr
 
 
+def test_a_console_that_moves_while_it_is_read_is_shown_whole_or_said_not_to_be(
+    cli: Cli, service: FakeService
+) -> None:
+    cli("boot", *FLAGS)
+    service.console_output = b"".join(b"line number %5d\n" % number for number in range(9))
+    service.console_rotates = True
+    shown = cli("instance", "console", "web-1")
+    assert shown.stdout_bytes == service.console_output[18:]
+    assert "the beginning is gone" in shown.stderr
+    document = json.loads(cli("instance", "console", "web-1", "--format=json").stdout)
+    assert document == {"console": shown.stdout, "complete": False}
+
+
 def test_instances_are_shown_and_deleted(cli: Cli, service: FakeService) -> None:
     cli("boot", *FLAGS)
     assert "running" in cli("instance", "list").stdout
     assert json.loads(cli("instance", "show", "web-1", "--format=json").stdout)["name"] == "web-1"
-    assert cli("instance", "console", "web-1").stdout_bytes == service.console_output
+    shown = cli("instance", "console", "web-1")
+    assert (shown.stdout_bytes, shown.stderr) == (service.console_output, "")
     assert cli("instance", "delete", "web-1").exit_code == 0
     assert json.loads(cli("instance", "list", "--format=json").stdout) == {"instances": []}
 

@@ -31,6 +31,7 @@ CONTEXTS = {
 }
 ENTRYPOINTS = {
     "privsep.base_images.touch": "privsep.base_owner",
+    "privsep.consoles.reveal": "privsep.base_owner",
     "privsep.lvm.blank": "privsep.volumes",
     "privsep.lvm.create": "privsep.volumes",
     "privsep.lvm.finish": "privsep.volumes",

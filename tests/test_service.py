@@ -113,4 +113,5 @@ def test_a_name_is_never_taken_for_a_uuid(host: Host) -> None:
 def test_a_console_is_read_from_any_offset(host: Host, offset: int) -> None:
     record = host.add("web-1")
     host.kit.instances.console_of(record.uuid).write_bytes(b"login:")
-    assert host.agent.console(record.uuid, offset) == b"login:"[offset:]
+    piece = host.agent.console(record.uuid, offset)
+    assert (piece.data, piece.complete) == (b"login:"[offset:], True)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import click
 
+from agent.client import Client
 from agent.commands.command import Group, Invocation, invocation
 from agent.commands.flavor import Flavor
 from agent.commands.output import emit, instant, pairs, rows, size
@@ -51,12 +52,33 @@ def show(call: Invocation, name_or_uuid: str) -> None:
 @invocation
 def console(call: Invocation, name_or_uuid: str) -> None:
     """Print what the serial console of an instance has shown."""
-    output = bytearray()
     with call.client() as client:
-        while piece := client.console(name_or_uuid, len(output)):
-            output += piece
-    text = output.decode(errors="replace")
-    emit(call, {"console": text}, lambda: click.echo(bytes(output), nl=False))
+        output, complete = _console(client, name_or_uuid)
+    if not complete:
+        click.echo(
+            "bootwright: the beginning is gone: virtlogd keeps max_size bytes max_backups + 1 "
+            "times (/etc/libvirt/virtlogd.conf)",
+            err=True,
+        )
+    document = {"console": output.decode(errors="replace"), "complete": complete}
+    emit(call, document, lambda: click.echo(output, nl=False))
+
+
+def _console(client: Client, name_or_uuid: str) -> tuple[bytes, bool]:
+    """Return all that is kept of a console, and whether that is all there was."""
+    output = bytearray()
+    begins = None
+    while True:
+        piece = client.console(name_or_uuid, len(output))
+        if begins is not None and piece.begins != begins:
+            # What was the first byte is gone, and everything has moved.
+            output.clear()
+            begins = None
+            continue
+        begins = piece.begins
+        output += piece.data
+        if not piece.data:
+            return bytes(output), piece.complete
 
 
 @instance.command()

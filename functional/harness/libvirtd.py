@@ -82,13 +82,17 @@ class PrivateLibvirtd:
             be short: the socket's is limited to 107 bytes.
         cache: stands for /var/cache/libvirt, if it shall outlive `root`: the capabilities of the
             emulators kept there save 1.5 s of every first domain.
+        log_size: bytes after which virtlogd begins another file; None for its own 2 MiB.
 
     Attributes:
         uri: for `libvirt.open` or `virsh --connect`, by root and by members of group `libvirt`.
     """
 
-    def __init__(self, root: Path, *, cache: Path | None = None) -> None:
+    def __init__(
+        self, root: Path, *, cache: Path | None = None, log_size: int | None = None
+    ) -> None:
         self._root = root.absolute()
+        self._log_size = log_size
         self._run = self._root / "run"
         self._mounts = {
             Path("/etc/libvirt"): self._root / "etc",
@@ -160,7 +164,8 @@ class PrivateLibvirtd:
         etc = self._mounts[Path("/etc/libvirt")]
         (etc / "libvirtd.conf").write_text(_LIBVIRTD_CONF)
         (etc / "qemu.conf").write_text(_QEMU_CONF)
-        (etc / "virtlogd.conf").write_text("")
+        limit = "" if self._log_size is None else f"max_size = {self._log_size}\n"
+        (etc / "virtlogd.conf").write_text(limit)
 
     def _spawn(self, name: str) -> None:
         mounts = [os.fspath(path) for pair in self._mounts.items() for path in reversed(pair)]

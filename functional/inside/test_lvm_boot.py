@@ -107,7 +107,7 @@ def test_domain_boots_off_a_thin_volume_and_leaves_nothing(
         assert report.instance is not None
         uuid = report.instance.uuid
 
-        seen = wait_ready(lambda: client.console("web-1").decode(), timeout_s=LIMIT_S)
+        seen = wait_ready(lambda: str(client.console("web-1").data, "utf-8"), timeout_s=LIMIT_S)
 
         assert seen.content_sha256 == guest.content_sha256
         assert sorted(seen.disks.values()) == [8 << 20, GIB]
