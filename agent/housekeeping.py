@@ -44,10 +44,13 @@ class Housekeeping:
         *,
         touch: Callable[[str], object],
         tidy: Callable[[Cancellation], None] | None = None,
+        mend: Callable[[], None],
         prune_interval_s: float | None,
     ) -> None:
         """`touch` notes the last use of a base, `tidy` is what else there is to do when bases have
-        gone. Bases are never pruned by themselves if `prune_interval_s` is None."""
+        gone, `mend` what is to be done about those that should not have gone. Bases are
+        never pruned by themselves if `prune_interval_s` is None.
+        """
         self._store = store
         self._usage = usage
         self._pruner = pruner
@@ -55,6 +58,7 @@ class Housekeeping:
         self._source = source
         self._touch = touch
         self._tidy = tidy
+        self._mend = mend
         self._prune_interval_s = prune_interval_s
         self._cancellation = Cancellation()
         self._thread = threading.Thread(target=self._run, name="housekeeping", daemon=True)
@@ -76,6 +80,7 @@ class Housekeeping:
             while True:
                 # Also at the beginning: it may take longer than a start may.
                 _attempt(self._tidy_up)
+                _attempt(self._mend)
                 self._cancellation.wait(max(0.0, min(sweep_at, prune_at) - time.monotonic()))
                 if time.monotonic() >= sweep_at:
                     self.sweep()

@@ -34,6 +34,7 @@ from agent.journal import Journal
 from agent.last_use import LastUse
 from agent.layout import Formats
 from agent.listener import Listener, MetricsListener
+from agent.lost_bases import LostBases
 from agent.provision import Provisioner
 from agent.prune import Policy
 from agent.pruner import Pruner
@@ -191,6 +192,7 @@ class _Parts:
             source,
             touch=touch,
             tidy=None if self.lvm is None else self.lvm.tidy,
+            mend=LostBases(self.instances, source, fetch=self._repair).mend,
             prune_interval_s=cache.prune_interval_s,
         )
         hypervisor = Hypervisor(
@@ -278,8 +280,8 @@ class _Parts:
                     LOG.error("a domain cannot start until the agent has started again: %s", e)
 
     def _repair(self, image: Image) -> None:
-        """Have an image fetched anew whose base was found damaged under instances."""
-        self.agent.fetch_image(image.id, request_id="scrub")
+        """Have an image fetched anew whose base is damaged under instances, or gone."""
+        self.agent.fetch_image(image.id, request_id="repair")
 
     def summary(self) -> str:
         """Return one line for `systemctl status`."""

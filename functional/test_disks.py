@@ -125,7 +125,10 @@ def test_a_missing_base_is_fetched_again_under_the_overlay_that_stands_on_it(
     base.unlink()
     downloads = glance.downloads(images.root)
 
-    agent.json("image", "fetch", images.root)
+    agent.stop()
+    agent.start()
+    agent.wait_log("is gone from under web-1")
+    agent.json("image", "fetch", images.root)  # it waits for the one that is under way
 
     assert glance.downloads(images.root) == downloads + 1
     assert overlay.read_bytes() == before

@@ -57,6 +57,7 @@ def housekeeping(
         journal,
         source or kit.source,
         touch=lambda _: None,
+        mend=lambda: None,
         prune_interval_s=prune_interval_s,
     )
 
