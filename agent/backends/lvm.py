@@ -147,7 +147,7 @@ class Lvm:
         disk_file.check_grows(disk, virtual_size)
         name = _volume_of(disk)
         with (
-            self._reporting(f"growing to {virtual_size} bytes", disk),
+            self._reporting("growing", disk),
             self._working(name),
         ):
             volume = volumes.survey().volumes.get(name)
@@ -202,17 +202,29 @@ class Lvm:
             BootwrightError: the reason of the cancellation.
         """
         with volumes.reporting("tidying up the volume group"):
-            for name in sorted({_stem(name) for name in volumes.survey().volumes}):
+            found = volumes.survey()
+            for name in sorted({_stem(name) for name in found.volumes}):
+                if self._is_whole(name, found):
+                    continue
                 cancellation.check()
                 with self._working_alone(name) as alone:
                     if alone:
                         self._tidy(name, volumes.survey(), cancellation)
 
     def _tidy(self, name: str, found: Survey, cancellation: Cancellation) -> None:
-        if name.startswith(_BASE) and not (self._bases / name.removeprefix(_BASE)).exists():
+        if self._base_is_gone(name):
             self._retire(name, found)
         if self._clear_away(name, found, cancellation):
             LOG.info("removed what nobody needs of the volume %s", name)
+
+    def _is_whole(self, name: str, found: Survey) -> bool:
+        """Whether there is the volume, which is needed, and nothing else."""
+        states = {name + NEW, name + OLD}
+        return states.isdisjoint(found.volumes) and not self._base_is_gone(name)
+
+    def _base_is_gone(self, name: str) -> bool:
+        base = name.removeprefix(_BASE)
+        return base != name and not (self._bases / base).exists()
 
     # Making one
 
@@ -238,7 +250,8 @@ class Lvm:
                     self._grow(disk, volume, volume.size)
                 yield None
                 return
-            self._clear_away(name, found, cancellation)
+            if self._clear_away(name, found, cancellation):
+                found = volumes.survey()  # what has gone makes room
             try:
                 yield found
             except BaseException:
@@ -281,8 +294,10 @@ class Lvm:
             with self._base_lock(origin, cancellation), _opened(base.path) as source:
                 found = volumes.survey()
                 if origin not in found.volumes:
-                    self._clear_away(origin, found, cancellation)
+                    if self._clear_away(origin, found, cancellation):
+                        found = volumes.survey()
                     self._make_base(origin, base, source, found, cancellation)
+        self._require_space(found, 0, disk.path)
         cancellation.check()
         lvm.snapshot(name, origin, disk.virtual_size)
         lvm.finish(name)

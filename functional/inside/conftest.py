@@ -21,9 +21,10 @@ def tool(*words: str) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def _group() -> None:
-    """A volume group on the first disk."""
+    """A volume group on the first disk, a third of it a thin pool."""
     tool("vgcreate", "--quiet", GROUP, str(uml.DISK))
-    tool("lvcreate", "--quiet", "--yes", "--type=thin-pool", "--size=64M", f"--name={POOL}", GROUP)
+    options = ("--type=thin-pool", "--extents=33%VG", f"--name={POOL}")
+    tool("lvcreate", "--quiet", "--yes", *options, GROUP)
 
 
 @pytest.fixture(scope="session")

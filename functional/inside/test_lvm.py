@@ -251,18 +251,18 @@ def test_growth_that_a_crash_interrupted_shows_nothing_of_others(plain: VolumeSi
 def test_thin_disks_share_the_volume_of_their_base(thin: VolumeSite) -> None:
     content = base(thin)
     first = prepared(thin, content)
-    other = thin.backend.plan(second(thin), first.role, "disk", content, 64 * MIB)
+    other = thin.backend.plan(second(thin), first.role, "disk", content, 16 * MIB)
     began = lvm.survey()[1]
     thin.backend.prepare(other, content, Cancellation())
     # Nothing of the 3 MiB was copied.
     assert began - lvm.survey()[1] < MIB
     assert volumes.names() == {f"{UUID}_disk", f"{OTHER}_disk", BASE_VOLUME}
     thin.write(first, b"x" * 512)
-    assert thin.read(other) == content.path.read_bytes() + bytes(61 * MIB)
+    assert thin.read(other) == content.path.read_bytes() + bytes(13 * MIB)
     attributes = tool("lvs", "--noheadings", "--options=lv_attr", f"{GROUP}/{BASE_VOLUME}")
     assert attributes.split()[0][1] == "r"
     thin.backend.remove(first, thin.home)
-    assert thin.read(other) == content.path.read_bytes() + bytes(61 * MIB)
+    assert thin.read(other) == content.path.read_bytes() + bytes(13 * MIB)
 
 
 def test_volume_of_a_base_goes_with_the_base(thin: VolumeSite) -> None:
@@ -278,18 +278,18 @@ def test_volume_of_a_base_goes_with_the_base(thin: VolumeSite) -> None:
 def test_volumes_of_other_bases_make_room(thin: VolumeSite) -> None:
     def large(name: str) -> Base:
         path = thin.bases / name
-        path.write_bytes(os.urandom(40 * MIB))
-        return dataclasses.replace(base(thin), path=path, virtual_size=40 * MIB)
+        path.write_bytes(os.urandom(24 * MIB))
+        return dataclasses.replace(base(thin), path=path, virtual_size=24 * MIB)
 
     first, other = large("b1" * 20), large("b2" * 20)
-    thin.backend.remove(prepared(thin, first, 64 * MIB), thin.home)
+    thin.backend.remove(prepared(thin, first, 32 * MIB), thin.home)
     assert volumes.names() == {f"base_{first.name}"}
-    disk = prepared(thin, other, 64 * MIB)
+    disk = prepared(thin, other, 32 * MIB)
     assert volumes.names() == {f"{UUID}_disk", f"base_{other.name}"}
     # What a disk stands on cannot make room.
     with pytest.raises(InsufficientFreeSpace, match="thin pool"):
         thin.backend.prepare(planned_for(thin, first), first, Cancellation())
-    assert thin.read(disk)[: 40 * MIB] == other.path.read_bytes()
+    assert thin.read(disk)[: 24 * MIB] == other.path.read_bytes()
 
 
 def planned_for(site: VolumeSite, content: Base) -> Disk:

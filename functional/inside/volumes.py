@@ -1,6 +1,6 @@
 """A place for disks on logical volumes, seen from outside of the backend."""
 
-import fcntl
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from functional.inside.conftest import GROUP, POOL, tool
 
 UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
 DEVICES = Path("/dev", GROUP)
-_BLKFLSBUF = 0x1261
+MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,13 +72,14 @@ def site(directory: Path, *, thin: bool = False, encrypted: bool = False) -> Ite
 
 
 def on_the_blocks(data: bytes) -> bool:
-    """Whether the bytes are anywhere on the disk that all volumes are on."""
-    with uml.DISK.open("rb") as device:
-        # What is read shall be what is there, not what was.
-        fcntl.ioctl(device, _BLKFLSBUF)
-        before = b""
-        while chunk := device.read(16 << 20):
-            if data in before[-len(data) :] + chunk:
-                return True
-            before = chunk
+    """Whether the bytes, which begin with a page, are anywhere on the disk below all volumes."""
+    # Not through the page cache, which has what was read of it before.
+    fd = os.open(uml.DISK, os.O_RDONLY | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, 4 * MIB) as buffer:
+            while length := os.readv(fd, [buffer]):
+                if buffer.find(data, 0, length) >= 0:
+                    return True
+    finally:
+        os.close(fd)
     return False
