@@ -20,15 +20,19 @@ class Acquisition:
         self._recorder = recorder
         self._cancellation = cancellation
         self._pin = recorder.report.id
+        self._trusted: tuple[str, ...] = ()
 
     def resolve(self, wanted: ImageRef) -> dict[Role, Image]:
         """Return the images of kernel, ramdisk and root, in the order they are fetched.
+
+        What `wanted` says of signatures counts for all of them.
 
         Raises:
             InvalidJob: there is a ramdisk without a kernel.
             ImageError: as the source says it.
         """
         cache = self._host.image_cache
+        self._trusted = wanted.trusted_certificates
         root = cache.resolve(wanted.id, self._cancellation)
         require_active(root)
         images = {}
@@ -80,6 +84,7 @@ class Acquisition:
             image,
             pin=self._pin,
             max_virtual_size=max_virtual_size,
+            trusted=self._trusted,
             cancellation=self._cancellation,
             on_progress=show,
         )

@@ -1,14 +1,15 @@
 """The keys of instances in Barbican, or in whatever castellan finds in [key_manager].
 
 The key manager makes the keys and keeps them; here is kept, in one file per
-instance, which key is whose. castellan is an extra of the package, `barbican`,
-and imported only where it is configured.
+instance, which key is whose.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from castellan import key_manager
+from castellan.common.utils import credential_factory
 from oslo_config import cfg
 
 from agent.errors import BackendError
@@ -34,9 +35,6 @@ Connect = Callable[[], tuple[KeyManager, object]]
 
 def connect() -> tuple[KeyManager, object]:
     """Do what [key_manager] says. Raises: Exception: whatever castellan does."""
-    from castellan import key_manager  # noqa: PLC0415 - an extra
-    from castellan.common.utils import credential_factory  # noqa: PLC0415
-
     # Its types say more than its backends keep to.
     return cast("KeyManager", key_manager.API(cfg.CONF)), credential_factory(cfg.CONF)
 

@@ -36,6 +36,7 @@ from agent.settings import (
     QemuImgSettings,
     RbdSettings,
     Settings,
+    SignatureSettings,
     VolumeSettings,
 )
 
@@ -85,7 +86,6 @@ class Configuration:
             conf.register_opts(opts, group=_group(section))
         config_files.parse(conf, found)
         self._register_auth_plugin()
-        self._register_key_manager()
 
     def warnings(self) -> list[str]:
         """A sentence for each section or option nobody knows, with the nearest that is known."""
@@ -152,6 +152,7 @@ class Configuration:
                 source=source,
                 directory=Path(conf.images.directory),
                 glance=self._glance() if source is ImageSourceName.GLANCE else None,
+                signatures=self._signatures(),
             ),
             image_cache=ImageCacheSettings(
                 directory=Path(conf.instances_path, conf.image_cache.subdirectory_name),
@@ -252,6 +253,33 @@ class Configuration:
             max_connections_per_image=glance.max_connections_per_image,
             timeout_s=glance.timeout,
             stall_timeout_s=glance.stall_timeout,
+            bandwidth_limit=(glance.bandwidth_limit << 20) or None,
+        )
+
+    def _certificates_problem(self) -> str | None:
+        barbican = self._conf.key_manager.backend == "barbican"
+        if self._conf.glance.certificate_source == "directory" or not barbican:
+            return None
+        glance = self._conf.images.source == "glance" and self._conf.glance.auth_type != "none"
+        if glance or self._conf.key_manager.auth_type:
+            return None
+        return (
+            "Barbican, which has the certificates, would be asked without credentials: set "
+            "certificate_source = directory and certificate_directory, or auth_type in "
+            "[key_manager]"
+        )
+
+    def _signatures(self) -> SignatureSettings:
+        glance = self._conf.glance
+        return SignatureSettings(
+            verify=glance.verify_glance_signatures,
+            validate=glance.enable_certificate_validation,
+            trusted=tuple(map(str.lower, glance.default_trusted_certificate_ids)),
+            certificate_directory=(
+                Path(glance.certificate_directory)
+                if glance.certificate_source == "directory"
+                else None
+            ),
         )
 
     def _volumes(self) -> VolumeSettings | None:
@@ -303,24 +331,6 @@ class Configuration:
         self._conf.register_opts(opts, group=section)
         self._known[section] = [*self._known[section], *opts]
 
-    def _register_key_manager(self) -> None:
-        """Make known what only castellan knows."""
-        encryption = self._conf.ephemeral_storage_encryption
-        try:
-            if not encryption.enabled or encryption.key_manager != KeyManager.BARBICAN:
-                return
-            found = options.key_manager()
-        except ValueError:
-            return  # `settings` says what is wrong with it
-        except ImportError as e:
-            raise ConfigError(
-                "[ephemeral_storage_encryption] key_manager = barbican needs castellan, which is "
-                "not installed: pip install 'bootwright[barbican]'"
-            ) from e
-        for section, opts in found.items():
-            self._conf.register_opts(opts, group=section)
-            self._known[section] = opts
-
     def _auth_section(self) -> str:
         return self._conf.glance.auth_section or "glance"
 
@@ -357,7 +367,7 @@ class Configuration:
                         "or remove this"
                     )
             case ("glance", "verify_glance_signatures", True):
-                problem = "this release does not verify signatures: only false is possible"
+                problem = self._certificates_problem()
             case ("libvirt", "qcow2_cluster_size", int(kib)) if kib & (kib - 1):
                 problem = "is no power of two"
             case ("libvirt", "qcow2_extended_l2", True) if (

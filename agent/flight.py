@@ -2,7 +2,8 @@
 
 It has no owner. Whoever wants the image takes a seat; those who wait leave one
 by one, on their own cancel or deadline, without a word to the others; the last
-one out ends the flight.
+one out ends the flight. Those who demand other proof of the image's signature
+wait on another one.
 """
 
 import math
@@ -17,6 +18,7 @@ from agent.cancellation import Cancellation
 from agent.errors import BootwrightError, Cancelled, FlavorDiskSmallerThanImage
 from agent.image import Image
 from agent.ingest import Advance
+from agent.proof import Demand
 from agent.report import Progress, TaskState
 from agent.views import Fetch
 
@@ -35,8 +37,9 @@ class Seat:
 
 
 class Flight:
-    def __init__(self, image: Image) -> None:
+    def __init__(self, image: Image, demand: Demand | None = None) -> None:
         self.image = image
+        self.demand = demand
         self.cancellation = Cancellation()
         self.landed = threading.Event()
         self._changed = threading.Condition()

@@ -8,9 +8,14 @@ Other processes on the same directory are kept out by a file lock per base.
 A flight looks for the cheapest way to the bytes:
 
     1. the base is there, but not as it was left   its bytes are read and hashed
-    2. a commit was interrupted                    its last step is taken
-    3. another image has the same bytes            a second name for its file
-    4. the image source                            a fetch
+    2. the base is there, its signature unproven    see `agent.provenance`
+    3. a commit was interrupted                    its last step is taken
+    4. another image has the same bytes            a second name for its file
+    5. the image source                            a fetch
+
+Where a signature is demanded nobody is given a base without the proof, however
+it came to be there. Flights with different demands do not share an outcome:
+one image may be good enough for one job and not for the other.
 
 How bases lie on disk is `agent.store`'s business, who keeps them there
 `agent.usage`'s, and how they go `agent.pruner`'s. A base is never changed.
@@ -20,10 +25,11 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
-from agent import logs, metrics, transfer, twin
+from agent import logs, metrics, provenance, transfer, twin
 from agent import manifest as manifests
 from agent.base import Base, check_fits
 from agent.cancellation import Cancellation
@@ -43,7 +49,9 @@ from agent.intake.plain import Converter
 from agent.locks import held
 from agent.manifest import Manifest, base_name
 from agent.partial import Partial
+from agent.proof import Demand, claimed
 from agent.report import Progress
+from agent.signatures import Check, Signatures
 from agent.space import Reservation, Space
 from agent.store import Entry, Store
 from agent.transfer import ImageSource, RetryPolicy
@@ -65,6 +73,7 @@ class ImageCache:
         verifier: Verifier,
         *,
         source: ImageSource,
+        signatures: Signatures,
         converter: Converter,
         policy: RetryPolicy,
         require_hash: bool,
@@ -76,13 +85,14 @@ class ImageCache:
         self._space = space
         self._verifier = verifier
         self._source = source
+        self._signatures = signatures
         self._converter = converter
         self._policy = policy
         self._require_hash = require_hash
         self._max_connections_per_image = max_connections_per_image
         self._slots = threading.BoundedSemaphore(max_concurrent_fetches)
         self._lock = threading.Lock()
-        self._flights: dict[str, Flight] = {}
+        self._flights: dict[tuple[str, Demand | None], Flight] = {}
         self._closing = False
 
     # Asking
@@ -112,35 +122,41 @@ class ImageCache:
         *,
         pin: str,
         max_virtual_size: int | None,
+        trusted: Sequence[str] = (),
         cancellation: Cancellation,
         on_progress: Callable[[Progress], None],
     ) -> Base:
         """Return the base of `image`, pinned by `pin` until `unpin`.
 
         `max_virtual_size`: bytes; what the caller's disk will hold, None if it
-        takes any size. `on_progress` is called now and then while the image is
+        takes any size. `trusted`: ids of certificates one of which must have
+        issued the one that the image is signed with; without any, the
+        configuration says what is demanded. `on_progress` is called now and then while the image is
         being fetched.
 
         Raises:
             FlavorDiskSmallerThanImage: the image's virtual size is larger.
+            ImageUnacceptable: its signature is demanded, and wrong or missing.
             ImageError, InsufficientFreeSpace, BackendError: no base could be made.
             BootwrightError: what the cancellation was given.
         """
         # Before the look, so that no removal can come between.
         self._usage.pin(base_name(image.id), pin)
-        base = self._acquire(image, max_virtual_size, cancellation, on_progress)
+        demand = self._signatures.demand(trusted)
+        base = self._acquire(image, demand, max_virtual_size, cancellation, on_progress)
         check_fits(image, base.virtual_size, max_virtual_size)
         return base
 
     def _acquire(
         self,
         image: Image,
+        demand: Demand | None,
         max_virtual_size: int | None,
         cancellation: Cancellation,
         on_progress: Callable[[Progress], None],
     ) -> Base:
         while True:
-            boarded = self._lookup_or_board(image, max_virtual_size)
+            boarded = self._lookup_or_board(image, demand, max_virtual_size)
             if isinstance(boarded, Base):
                 return boarded
             flight, seat = boarded
@@ -151,21 +167,21 @@ class ImageCache:
             cancellation.check()
 
     def _lookup_or_board(
-        self, image: Image, max_virtual_size: int | None
+        self, image: Image, demand: Demand | None, max_virtual_size: int | None
     ) -> Base | tuple[Flight, Seat | None]:
-        name = base_name(image.id)
+        key = (base_name(image.id), demand)
         with self._lock:
             if self._closing:
                 raise AgentStopping("the agent is stopping")
-            base = self._lookup(image)
+            base = self._lookup(image, demand)
             if base is not None:
                 metrics.IMAGE_REQUESTS.labels(result="hit").inc()
                 return base
-            flight = self._flights.get(name)
+            flight = self._flights.get(key)
             if flight is not None:
                 metrics.IMAGE_REQUESTS.labels(result="joined").inc()
                 return flight, flight.board(max_virtual_size)
-            flight = Flight(image)
+            flight = Flight(image, demand)
             seat = flight.board(max_virtual_size)
             thread = threading.Thread(target=self._fly, args=(flight,), name=f"fetch-{image.id}")
             try:
@@ -176,15 +192,22 @@ class ImageCache:
                     "the host has no memory or no process left for the agent (TasksMax=)",
                 ) from e
             # Only now: nobody would ever land one that did not take off.
-            self._flights[name] = flight
+            self._flights[key] = flight
             return flight, seat
 
     def unpin(self, pin: str) -> None:
         """Give up every base that `pin` holds."""
         self._usage.unpin(pin)
 
-    def _lookup(self, image: Image) -> Base | None:
-        """Return the base if it is there, and the file that was verified."""
+    def _lookup(self, image: Image, demand: Demand | None) -> Base | None:
+        """Return the base if it is there, the file that was verified, and all that is demanded.
+
+        Raises:
+            ImageUnacceptable: a signature is demanded, and the image has none.
+            ImageCorrupt: the image is another one than when it was fetched.
+        """
+        # Before the look: who may not have an image need not know that it is here.
+        claim = None if demand is None else claimed(image)
         entry = self._store.find(base_name(image.id))
         if entry is None or not entry.recognised:
             return None
@@ -195,6 +218,8 @@ class ImageCache:
                 "an image never changes under one id: upload the new content under a new id, or "
                 f"remove the old base once nothing uses it: bootwright image remove {image.id}",
             )
+        if demand is not None and not demand.is_met(claim, entry.manifest.proof):
+            return None
         return _base(image, entry, origin="cache")
 
     # Fetching
@@ -211,7 +236,11 @@ class ImageCache:
                 held(self._store.lock_of(twin.lock_name(image)), flight.cancellation),
                 self._slot(flight),
             ):
-                outcome = self._lookup(image) or self._recognised(flight) or self._made(flight)
+                outcome = (
+                    self._lookup(image, flight.demand)
+                    or self._recognised(flight)
+                    or self._obtained(flight)
+                )
         except BootwrightError as e:
             outcome = e
         except OSError as e:
@@ -223,7 +252,7 @@ class ImageCache:
             )
         with self._lock:
             # Gone before it lands: whoever asks from now on looks again.
-            del self._flights[name]
+            del self._flights[(name, flight.demand)]
         flight.land(outcome)
 
     def _translated(self, error: OSError, image: Image) -> BootwrightError:
@@ -248,7 +277,7 @@ class ImageCache:
         """Return a base that has another identity than it had, if its bytes are right."""
         image = flight.image
         entry = self._store.find(base_name(image.id))
-        if entry is None:
+        if entry is None or entry.recognised:
             return None
         LOG.warning(
             "the base %s of image %s is not the file it was; verifying it before it is used",
@@ -256,25 +285,52 @@ class ImageCache:
             image.id,
         )
         self._verifier.verify_locked(image.id, flight.cancellation)
-        return self._lookup(image)
+        return self._lookup(image, flight.demand)
 
-    def _made(self, flight: Flight) -> Base:
+    def _obtained(self, flight: Flight) -> Base:
+        image, demand = flight.image, flight.demand
+        check = (
+            None if demand is None else self._signatures.check(image, demand, flight.cancellation)
+        )
+        return self._proven(flight, check) or self._made(flight, check)
+
+    def _proven(self, flight: Flight, check: Check | None) -> Base | None:
+        """Return a base that was fetched when nobody asked for its signature, proven now."""
+        image = flight.image
+        entry = self._store.find(base_name(image.id))
+        if check is None or entry is None or not entry.recognised:
+            return None
+        proof = provenance.of_base(entry, check, flight.cancellation)
+        if proof is None:
+            LOG.info(
+                "the base of image %s says nothing of the signature, which is demanded now; "
+                "fetching the image anew",
+                image.id,
+            )
+            return None
+        # With the record as it is now: the old one may not have been signed.
+        self._store.update(entry.name, replace(entry.manifest, image=image, proof=proof))
+        return self._lookup(image, flight.demand)
+
+    def _made(self, flight: Flight, check: Check | None) -> Base:
         image = flight.image
         name = base_name(image.id)
         partial = self._store.partial_of(image)
         if self._store.complete(name, partial):
-            base = self._lookup(image)
+            base = self._lookup(image, flight.demand) or self._proven(flight, check)
             if base is not None:
                 _discard(partial)
                 return base
         with self._space.reservation(f"image {image.id}", partial.directory) as reservation:
-            base = self._shared(flight, partial, reservation) or self._fetched(
-                flight, partial, reservation
+            base = self._shared(flight, check, partial, reservation) or self._fetched(
+                flight, check, partial, reservation
             )
         _discard(partial)
         return base
 
-    def _shared(self, flight: Flight, partial: Partial, reservation: Reservation) -> Base | None:
+    def _shared(
+        self, flight: Flight, check: Check | None, partial: Partial, reservation: Reservation
+    ) -> Base | None:
         """Return a base made of another image's, if one has the very same bytes."""
         image = flight.image
         name = base_name(image.id)
@@ -284,11 +340,16 @@ class ImageCache:
         pin = f"twin of {name}"
         self._usage.pin(other.name, pin)
         try:
+            proof = None
+            if check is not None:
+                proof = provenance.of_base(other, check, flight.cancellation)
+                if proof is None:
+                    return None
             flight.header_seen(other.manifest.virtual_size)
             data = twin.take(other, partial, reservation, flight.cancellation)
             if data is None:
                 return None
-            manifest = twin.manifest(other, image, manifests.identity(data))
+            manifest = twin.manifest(other, image, manifests.identity(data), proof)
             reservation.end()
             self._store.commit(name, data, manifest, partial)
         finally:
@@ -301,9 +362,16 @@ class ImageCache:
         )
         return _base(image, self._store.get(image.id), origin="cache")
 
-    def _fetched(self, flight: Flight, partial: Partial, reservation: Reservation) -> Base:
+    def _fetched(
+        self, flight: Flight, check: Check | None, partial: Partial, reservation: Reservation
+    ) -> Base:
         image = flight.image
         metrics.IMAGE_REQUESTS.labels(result="miss").inc()
+        known = self._store.find(base_name(image.id))
+        if known is not None and image.digest is None:
+            # Overlays may stand on it, so that only the same bytes may take its place.
+            algorithm, _, value = known.manifest.digest.partition(":")
+            image = replace(image, digest=(algorithm, value))
         ingested = Ingest(
             image,
             self._source,
@@ -313,6 +381,7 @@ class ImageCache:
             cancellation=flight.cancellation,
             require_hash=self._require_hash,
             max_connections=self._max_connections_per_image,
+            check=check,
             on_header=flight.header_seen,
             reserve=reservation.need,
             on_advance=flight.advance,
@@ -322,11 +391,12 @@ class ImageCache:
         ingested.path.chmod(0o640)
         now = time.time()
         manifest = Manifest(
-            image=image,
+            image=flight.image,
             virtual_size=ingested.virtual_size,
             source_format=ingested.source_format,
             source_size=ingested.source_size,
             digest=ingested.digest,
+            proof=ingested.proof,
             content_digest=ingested.content_digest,
             identity=manifests.identity(ingested.path),
             verified_at=now,

@@ -1,5 +1,9 @@
 """The image source that the configuration names."""
 
+from oslo_config import cfg
+
+from agent.bandwidth import Bandwidth, Limited
+from agent.certificates import CertificateDirectory, Certificates, KeyManager
 from agent.directory import DirectorySource
 from agent.glance import GlanceSource
 from agent.settings import ImageSourceName, ImagesSettings
@@ -17,7 +21,18 @@ def of(settings: ImagesSettings) -> ImageSource:
             settings.directory.mkdir(parents=True, exist_ok=True)
             return DirectorySource(settings.directory)
         case ImageSourceName.GLANCE:
-            return glance(settings)
+            source = glance(settings)
+            limit = None if settings.glance is None else settings.glance.bandwidth_limit
+            return source if limit is None else Limited(source, Bandwidth(limit))
+
+
+def certificates(settings: ImagesSettings) -> Certificates:
+    """Return where the certificates are that images are signed with."""
+    if settings.signatures.certificate_directory is not None:
+        return CertificateDirectory(settings.signatures.certificate_directory)
+    session = None if settings.glance is None else settings.glance.session
+    # castellan finds its options where oslo.config's default is.
+    return KeyManager(session, cfg.CONF)
 
 
 def glance(settings: ImagesSettings) -> GlanceSource:

@@ -17,7 +17,7 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +38,11 @@ from agent.intake import Intake, Undecodable, decoded
 from agent.intake.decoded import DecodedIntake
 from agent.intake.plain import PLAIN_FORMATS, Converter, PlainIntake
 from agent.partial import Partial
+from agent.proof import Proof
 from agent.qcow2_decoder import Unsupported
 from agent.ranges import RangedTransfer
 from agent.report import TaskState
+from agent.signatures import Check
 from agent.transfer import ImageSource, RetryPolicy
 
 LOG = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ class Ingested:
     source_size: int
     digest: str
     """`algorithm:hex` of the bytes the source sent."""
+    proof: Proof | None
+    """Of their signature, if that was asked for."""
     content_digest: str | None
     """`algorithm:hex` of the bytes of `path`, None if nobody has hashed those."""
     received: int
@@ -94,15 +98,17 @@ class Ingest:
         cancellation: Cancellation,
         require_hash: bool,
         max_connections: int,
+        check: Check | None = None,
         on_header: Callable[[int], None],
         reserve: Callable[[int], None],
         on_advance: Callable[[Advance], None],
     ) -> None:
         """The caller holds the lock on the partial.
 
-        `on_header` gets the virtual size in bytes as soon as it is known, and
-        `reserve` the bytes the ingest may still write from then on; both raise
-        what should stop it before more is written.
+        `check`: what the image's signature has to pass. `on_header` gets the
+        virtual size in bytes as soon as it is known, and `reserve` the bytes
+        the ingest may still write from then on; both raise what should stop it
+        before more is written.
         """
         self._image = image
         self._source = source
@@ -112,10 +118,15 @@ class Ingest:
         self._cancellation = cancellation
         self._require_hash = require_hash
         self._max_connections = max_connections
+        self._check = check
         self._on_header = on_header
         self._reserve = reserve
         self._on_advance = on_advance
         self._algorithm = "sha512" if image.digest is None else image.digest[0]
+        # As a rule one, since people sign with the hash that Glance uses.
+        self._algorithms = tuple(
+            dict.fromkeys([self._algorithm, *([check.algorithm] if check is not None else [])])
+        )
         self._received = 0
         self._promised = 0
 
@@ -180,8 +191,10 @@ class Ingest:
 
     def _ingested(self, inspection: Inspection, intake: Intake) -> Ingested:
         self._advance(TaskState.IMAGE_VERIFYING, intake.offset)
-        digest = intake.digest()
+        digests = intake.digests()
+        digest = digests[self._algorithm]
         self._verify(digest, intake.kept)
+        proof = self._prove(digests)
         verdict = inspection.finish()
         # Of a very small image, and of a fixed VHD, the size is known only now.
         self._on_header(verdict.virtual_size)
@@ -195,6 +208,7 @@ class Ingest:
             source_format=verdict.format,
             source_size=intake.offset,
             digest=f"{self._algorithm}:{digest}",
+            proof=proof,
             content_digest=f"{self._algorithm}:{digest}" if as_sent else None,
             received=self._received,
             resumed=intake.kept,
@@ -241,10 +255,14 @@ class Ingest:
 
     def _resume(self, inspection: Inspection) -> Intake | None:
         if decoded.begun(self._partial):
+            if not decoded.covered(self._partial, self._algorithms):
+                # It was begun when nobody asked for the signature.
+                self._partial.begin()
+                return None
             return DecodedIntake.resume(
                 self._partial,
                 inspection,
-                algorithm=self._algorithm,
+                algorithms=self._algorithms,
                 cancellation=self._cancellation,
             )
         if self._partial.data.exists():
@@ -254,7 +272,7 @@ class Ingest:
     def _begin(self, head: bytes, inspection: Inspection) -> Intake:
         if decoded.possible(self._image):
             try:
-                return DecodedIntake.begin(self._partial, algorithm=self._algorithm, head=head)
+                return DecodedIntake.begin(self._partial, algorithms=self._algorithms, head=head)
             except Unsupported as e:
                 LOG.info("image %s goes through qemu-img: %s", self._image.id, e)
         return self._plain(inspection)
@@ -263,7 +281,7 @@ class Ingest:
         return PlainIntake(
             self._partial,
             inspection,
-            algorithm=self._algorithm,
+            algorithms=self._algorithms,
             converter=self._converter,
             cancellation=self._cancellation,
         )
@@ -317,6 +335,17 @@ class Ingest:
 
     def _advance(self, phase: TaskState, done: int) -> None:
         self._on_advance(Advance(phase=phase, done=done, total=self._image.size, at=time.time()))
+
+    def _prove(self, digests: Mapping[str, str]) -> Proof | None:
+        if self._check is None:
+            return None
+        try:
+            return self._check.prove(digests[self._check.algorithm])
+        except ImageUnacceptable as e:
+            if self._image.digest is not None:
+                raise
+            # Nothing else has told yet whether the bytes were damaged on the way.
+            raise ImageCorrupt(e.message, e.hint) from e
 
     def _verify(self, digest: str, kept: int) -> None:
         expected = self._image.digest

@@ -223,6 +223,10 @@ class ImageRef(_Schema):
     """Image of the ramdisk; the property `ramdisk_id` of the root image if absent."""
     os_command_line: Annotated[str, StringConstraints(max_length=2048)] | None = None
     """The kernel's command line; the property `os_command_line` of the root image if absent."""
+    trusted_certificates: Annotated[tuple[Uuid, ...], Field(max_length=50)] = ()
+    """The images have to be signed with a certificate that one of these has issued, given by their
+    ids where `[glance] certificate_source` has them. If empty, the configuration says whether
+    images have to be signed."""
 
 
 class Libvirt(_Schema):

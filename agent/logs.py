@@ -27,6 +27,8 @@ _context: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
 
 _QUIET: Final = (
     "asyncio",
+    "barbicanclient",
+    "castellan",
     "glanceclient",
     "httpcore",
     "httpx",

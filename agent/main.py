@@ -49,6 +49,7 @@ from agent.settings import (
     RbdSettings,
     Settings,
 )
+from agent.signatures import Signatures
 from agent.space import Space
 from agent.store import Store
 from agent.transfer import RetryPolicy
@@ -168,6 +169,13 @@ class _Parts:
             ),
             verifier,
             source=source,
+            signatures=Signatures(
+                image_source.certificates(settings.images),
+                verify=settings.images.signatures.verify,
+                validate=settings.images.signatures.validate,
+                trusted=settings.images.signatures.trusted,
+                policy=_policy(settings),
+            ),
             converter=qemu_img,
             policy=_policy(settings),
             require_hash=cache.require_hash,

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from agent.files import write_durably
 from agent.image import Image
+from agent.proof import Proof
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +46,8 @@ class Manifest:
     """`algorithm:hex` of the bytes the source sent."""
     content_digest: str | None
     """`algorithm:hex` of the base's own bytes; None until somebody has hashed them."""
+    proof: Proof | None = None
+    """That the image's signature is right; None as long as nobody has demanded it."""
     identity: Identity
     """Of the base, when its bytes were last known to be right."""
     verified_at: float

@@ -7,6 +7,7 @@ it, and not before.
 
 from typing import Final
 
+import castellan.options
 from keystoneauth1 import loading
 from oslo_config import cfg, types
 from oslo_privsep import priv_context
@@ -21,6 +22,8 @@ from privsep.options import (
     THIN_POOL,
     VOLUME_GROUP,
 )
+
+UUID: Final = r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
 
 _DEFAULT: Final[list[cfg.Opt]] = [
     cfg.BoolOpt(
@@ -436,8 +439,49 @@ _GLANCE: Final[list[cfg.Opt]] = [
     cfg.BoolOpt(
         "verify_glance_signatures",
         default=False,
-        help="Only false is possible in this release: it does not verify the signatures of "
-        "images, only their hashes.",
+        help="Refuse images that are not signed, or not rightly (properties img_signature, "
+        "img_signature_hash_method, img_signature_key_type and img_signature_certificate_uuid), "
+        "wherever they come from and also those in the cache.",
+    ),
+    cfg.BoolOpt(
+        "enable_certificate_validation",
+        default=False,
+        help="With verify_glance_signatures: refuse images unless the certificate they are signed "
+        "with is valid today and was issued, directly or not, by one of "
+        "default_trusted_certificate_ids or of the job's trusted_certificates.",
+    ),
+    cfg.ListOpt(
+        "default_trusted_certificate_ids",
+        item_type=types.String(regex=UUID),
+        default=[],
+        help="UUIDs of the certificates that are trusted where a job names none, for "
+        "enable_certificate_validation.",
+    ),
+    cfg.StrOpt(
+        "certificate_source",
+        default="key_manager",
+        choices=[
+            (
+                "key_manager",
+                "Barbican or Vault, see [key_manager]",
+            ),
+            ("directory", "files, see certificate_directory"),
+        ],
+        help="Where the certificates are that images are signed with.",
+    ),
+    cfg.StrOpt(
+        "certificate_directory",
+        default="/etc/bootwright/certificates",
+        regex=ABSOLUTE_PATH,
+        help="Directory of the certificates of certificate_source = directory, in PEM and each "
+        "named by its UUID: 1b6d3a53-….pem. An absolute path.",
+    ),
+    cfg.IntOpt(
+        "bandwidth_limit",
+        default=0,
+        min=0,
+        max=1 << 20,
+        help="MiB per second that all fetches together may receive; 0 for no limit.",
     ),
 ]
 
@@ -450,6 +494,26 @@ _DOCUMENTED_AUTH_TYPES: Final = ("password", "v3applicationcredential", "none")
 
 PRIVSEP_SECTIONS: Final = ("privsep_base_owner", "privsep_volumes")
 """One for each helper; the second has one only if images_volume_group is set."""
+_DOCUMENTED_KEY_MANAGER: Final = {
+    "key_manager": {"backend", "auth_type", "auth_url", "username", "password"},
+    "barbican": {
+        "barbican_endpoint",
+        "barbican_endpoint_type",
+        "barbican_region_name",
+        "verify_ssl",
+        "verify_ssl_path",
+    },
+    "vault": {
+        "vault_url",
+        "root_token_id",
+        "approle_role_id",
+        "approle_secret_id",
+        "kv_mountpoint",
+        "kv_version",
+        "ssl_ca_crt_file",
+    },
+}
+"""Those of castellan's options that the sample file shows; any other works too."""
 
 
 def declared() -> dict[str, list[cfg.Opt]]:
@@ -470,6 +534,8 @@ def declared() -> dict[str, list[cfg.Opt]]:
         "qemu_img": _QEMU_IMG,
         "ephemeral_storage_encryption": _ENCRYPTION,
         **dict.fromkeys(PRIVSEP_SECTIONS, priv_context.OPTS),
+        # castellan's own, which it looks for itself.
+        **{str(section): list(opts) for section, opts in castellan.options.list_opts()},
     }
 
 
@@ -483,20 +549,18 @@ def auth_plugin(auth_type: str) -> list[cfg.Opt]:
     return options
 
 
-def key_manager() -> dict[str, list[cfg.Opt]]:
-    """The options of castellan by section.
-
-    Raises:
-        ImportError: it is an extra of the package, and not installed.
-    """
-    from castellan import options  # noqa: PLC0415
-
-    return {str(section): opts for section, opts in options.list_opts()}
+def documented() -> dict[str, list[cfg.Opt]]:
+    """All options by section, but for those of libraries that hardly anybody needs."""
+    sections = declared()
+    for section in (str(section) for section, _ in castellan.options.list_opts()):
+        shown = _DOCUMENTED_KEY_MANAGER.get(section, set())
+        sections[section] = [opt for opt in sections[section] if opt.dest in shown]
+    return {section: opts for section, opts in sections.items() if opts}
 
 
 def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
     """The options for oslo.config's generator: sample file and documentation."""
-    sections = declared()
+    sections = documented()
     sections["glance"] = [
         *sections["glance"],
         *(opt for auth_type in _DOCUMENTED_AUTH_TYPES for opt in auth_plugin(auth_type)),

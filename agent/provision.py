@@ -65,6 +65,7 @@ class Provisioner:
                     image,
                     pin=pin,
                     max_virtual_size=None,
+                    trusted=request.image.trusted_certificates,
                     cancellation=cancellation,
                     on_progress=recorder.progress,
                 )

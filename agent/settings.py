@@ -91,6 +91,21 @@ class GlanceSettings:
     max_connections_per_image: int
     stall_timeout_s: float
     """Without a single byte."""
+    bandwidth_limit: int | None
+    """Bytes per second, of all fetches together; None is no limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SignatureSettings:
+    """Of images, wherever they come from."""
+
+    verify: bool
+    """Whether all images have to be signed."""
+    validate: bool
+    """Whether a certificate that is trusted has to have issued the one they are signed with."""
+    trusted: tuple[str, ...]
+    certificate_directory: Path | None
+    """None: a key manager has the certificates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +114,7 @@ class ImagesSettings:
     directory: Path
     glance: GlanceSettings | None
     """None unless images come from there."""
+    signatures: SignatureSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

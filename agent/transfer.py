@@ -12,15 +12,18 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import tenacity
 
+from agent import errand
 from agent.cancellation import Cancellation
 from agent.errors import DeadlineExceeded, ImageCorrupt, ImageSourceUnavailable
 from agent.image import Image
 
 _LOG = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 class Body(Protocol):
@@ -99,19 +102,47 @@ def resolve(
         ImageSourceUnavailable: the last attempt's, when the retries are used up.
         DeadlineExceeded, or the reason of the cancel.
     """
-    asked_for = f"the record of image {image_id}"
-    retrying = _retrying(
-        policy, sleep or cancellation.wait, uniform, lambda: f"{asked_for} from {source.name}"
+    return persistently(
+        lambda: source.get(image_id),
+        f"the record of image {image_id} from {source.name}",
+        policy,
+        cancellation,
+        sleep=sleep,
+        uniform=uniform,
     )
 
-    def get() -> Image:
-        cancellation.check()
-        return source.get(image_id)
+
+def persistently(
+    get: Callable[[], _T],
+    what: str,
+    policy: RetryPolicy,
+    cancellation: Cancellation,
+    *,
+    limit_s: float | None = None,
+    sleep: Callable[[float], None] | None = None,
+    uniform: Callable[[float, float], float] = random.uniform,
+) -> _T:
+    """Return what `get` does, calling it again while that raises `ImageSourceUnavailable`.
+
+    A call that takes longer than `limit_s` counts as that. One that is under way at a cancel
+    or the deadline is left alone in its thread.
+
+    Raises:
+        ImageSourceUnavailable: the last attempt's, when the retries are used up.
+        DeadlineExceeded, or the reason of the cancel.
+    """
+    retrying = _retrying(policy, sleep or cancellation.wait, uniform, lambda: what)
+
+    def attempt() -> _T:
+        try:
+            return errand.run(get, cancellation, limit_s=limit_s)
+        except TimeoutError as e:
+            raise ImageSourceUnavailable(f"{what}: {e}") from e
 
     try:
-        return retrying(get)
+        return retrying(attempt)
     except DeadlineExceeded as e:
-        raise _late(e, f"{asked_for} from {source.name}") from e
+        raise _late(e, what) from e
 
 
 class Transfer:
@@ -247,7 +278,11 @@ class Transfer:
             self.resumes += 1
         self._attempts += 1
         asked = 0 if self._gap_seen else self._position
-        body = self._source.open(self._image, asked, self._end if self._part else None)
+        body = errand.run(
+            lambda: self._source.open(self._image, asked, self._end if self._part else None),
+            self._cancellation,
+            discard=lambda late: late.close(),
+        )
         self._opened = _Opened(body, self._cancellation)
         if self._part and body.offset != asked:
             raise ImageSourceUnavailable(

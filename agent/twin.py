@@ -21,6 +21,7 @@ from agent.files import copy_sparse
 from agent.image import Image
 from agent.manifest import Identity, Manifest
 from agent.partial import Partial
+from agent.proof import Proof
 from agent.space import Reservation
 from agent.store import Entry
 
@@ -92,6 +93,11 @@ def _unchanged(other: Entry, data: Path) -> Path:
     return data
 
 
-def manifest(other: Entry, image: Image, identity: Identity) -> Manifest:
-    """Return the manifest of the same bytes under another image's id."""
-    return replace(other.manifest, image=image, identity=identity, created_at=time.time())
+def manifest(other: Entry, image: Image, identity: Identity, proof: Proof | None) -> Manifest:
+    """Return the manifest of the same bytes under another image's id.
+
+    `proof`: of that image's own signature; that of the twin's says nothing of it.
+    """
+    return replace(
+        other.manifest, image=image, identity=identity, proof=proof, created_at=time.time()
+    )

@@ -17,6 +17,7 @@ from agent.backends import Backends
 from agent.backends.flat import Flat
 from agent.backends.qcow2 import Qcow2
 from agent.cancellation import Cancellation
+from agent.certificates import CertificateDirectory
 from agent.directory import DirectorySource
 from agent.disk import DiskType
 from agent.host import Defaults, Host
@@ -30,6 +31,7 @@ from agent.provision import Provisioner
 from agent.qemu_img import QemuImg
 from agent.recorder import Recorder
 from agent.report import JobReport, Status
+from agent.signatures import Signatures
 from agent.space import Space
 from agent.store import Store
 from agent.transfer import RetryPolicy
@@ -117,6 +119,13 @@ def host(directory: Path, images_type: ImagesType) -> Host:
             Space(store, reserved_free_space=0, max_size=None, make_room=lambda _: None),
             Verifier(store, usage),
             source=DirectorySource(directory / "images"),
+            signatures=Signatures(
+                CertificateDirectory(directory),
+                verify=False,
+                validate=False,
+                trusted=(),
+                policy=RetryPolicy(),
+            ),
             converter=qemu_img,
             policy=RetryPolicy(),
             require_hash=True,

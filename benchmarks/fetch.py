@@ -14,10 +14,12 @@ from keystoneauth1.noauth import NoAuth
 from keystoneauth1.session import Session
 
 from agent.cancellation import Cancellation
+from agent.certificates import CertificateDirectory
 from agent.glance import GlanceSource
 from agent.image_cache import ImageCache
 from agent.instances import Instances
 from agent.qemu_img import QemuImg
+from agent.signatures import Signatures
 from agent.space import Space
 from agent.store import Store
 from agent.transfer import RetryPolicy
@@ -34,6 +36,13 @@ def main(url: str, image_id: str, directory: Path, max_connections: int = 4) -> 
         Space(store, reserved_free_space=0, max_size=None, make_room=lambda _: None),
         Verifier(store, usage),
         source=GlanceSource(Session(auth=NoAuth(), timeout=30), endpoints=[url]),
+        signatures=Signatures(
+            CertificateDirectory(directory),
+            verify=False,
+            validate=False,
+            trusted=(),
+            policy=RetryPolicy(),
+        ),
         converter=QemuImg(),
         policy=RetryPolicy(),
         require_hash=True,

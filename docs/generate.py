@@ -212,7 +212,7 @@ def _error_codes() -> str:
 
 def _option_tables() -> str:
     parts = []
-    for section, opts in options.declared().items():
+    for section, opts in options.documented().items():
         rows = [_option_row(opt) for opt in opts]
         parts.append(f"### [{section}]\n\n{_table(_OPTION_HEADERS, rows)}\n")
     return "\n" + "\n".join(parts) + "\n"

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +21,13 @@ from agent.prune import Policy
 from agent.pruner import Pruner
 from agent.qemu_img import QemuImg
 from agent.report import Role
+from agent.signatures import Signatures
 from agent.space import Space
 from agent.store import Store
 from agent.transfer import RetryPolicy
 from agent.usage import Usage
 from agent.verification import Verifier
+from tests.signing import Certificates, signatures
 
 MIB = 1 << 20
 IMAGE_ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
@@ -109,6 +111,8 @@ class CacheKit:
     host_id: str = "this"
     policy: Policy = NEVER
     reserved_free_space: int = 0
+    signatures: Signatures = field(default_factory=lambda: signatures(Certificates()))
+    require_hash: bool = True
     bases: Path | None = None
     """Where `_base` is, if hosts share it."""
     make_store: Callable[[Path], Store] = Store
@@ -139,18 +143,20 @@ class CacheKit:
             self.space,
             self.verifier,
             source=self.source,
+            signatures=self.signatures,
             converter=QemuImg(),
             policy=RetryPolicy(num_retries=1, initial_s=0.01, max_s=0.01),
-            require_hash=True,
+            require_hash=self.require_hash,
             max_concurrent_fetches=4,
             max_connections_per_image=1,
         )
 
-    def acquire(self, image: Image, *, pin: str = "job-1") -> Base:
+    def acquire(self, image: Image, *, pin: str = "job-1", trusted: Sequence[str] = ()) -> Base:
         return self.cache.acquire(
             image,
             pin=pin,
             max_virtual_size=None,
+            trusted=trusted,
             cancellation=Cancellation(),
             on_progress=lambda _: None,
         )

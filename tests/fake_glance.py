@@ -45,6 +45,8 @@ class Fault:
     """Body bytes, then the connection is closed."""
     reset: bool = False
     """Close with RST."""
+    silent: bool = False
+    """Say nothing at all until the client goes away, or the fake is closed."""
     stall_after: int | None = None
     """Body bytes, then silence until the client goes away."""
     drip: int | None = None
@@ -190,6 +192,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with glance.lock:
             glance.requests.append((self.path, self.headers.get("Range")))
             fault = glance.faults.pop(0) if glance.faults else Fault()
+        if fault.silent:
+            self._be_silent()
+            return
         if fault.status is not None or fault.refuse:
             self._fault(fault)
             return

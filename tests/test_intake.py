@@ -79,11 +79,11 @@ def begin(partial: Partial, image: Image, qcow2: Path) -> DecodedIntake:
     assert decoded.possible(image)
     partial.open()
     with qcow2.open("rb") as file:
-        return DecodedIntake.begin(partial, algorithm="sha512", head=file.read(HEAD))
+        return DecodedIntake.begin(partial, algorithms=("sha512",), head=file.read(HEAD))
 
 
 def resume(partial: Partial, look: Inspection) -> DecodedIntake:
-    return DecodedIntake.resume(partial, look, algorithm="sha512", cancellation=Cancellation())
+    return DecodedIntake.resume(partial, look, algorithms=("sha512",), cancellation=Cancellation())
 
 
 def take(intake: DecodedIntake, qcow2: Path, until: int, look: Inspection | None = None) -> None:
@@ -96,7 +96,7 @@ def take(intake: DecodedIntake, qcow2: Path, until: int, look: Inspection | None
 def finish(intake: DecodedIntake, look: Inspection, image: Image, disk: Path, qcow2: Path) -> None:
     take(intake, qcow2, qcow2.stat().st_size, look)
     assert image.digest is not None
-    assert intake.digest() == image.digest[1]
+    assert intake.digests() == {"sha512": image.digest[1]}
     path = intake.disk(look.finish())
     intake.close()
     assert subprocess.run(["cmp", path, disk], check=False).returncode == 0
@@ -170,7 +170,7 @@ def test_what_is_kept_for_going_on_stays_small(tmp_path: Path, image: Image, qco
     partial = Partial(tmp_path / "partial", image)
     intake = begin(partial, image, qcow2)
     take(intake, qcow2, qcow2.stat().st_size)
-    intake.digest()
+    intake.digests()
 
     beside = [path for path in partial.directory.iterdir() if path.name != "raw"]
     assert sum(path.stat().st_blocks * 512 for path in beside) < 140 * MIB
@@ -217,7 +217,7 @@ def test_a_disk_that_is_full_is_said_to_be_so(full_file_system: Path, image: Ima
     intake = PlainIntake(
         partial,
         inspection(raw),
-        algorithm="sha512",
+        algorithms=("sha512",),
         converter=QemuImg(),
         cancellation=Cancellation(),
     )

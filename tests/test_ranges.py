@@ -125,10 +125,9 @@ def test_a_connection_that_is_the_limit_gets_company(max_connections: int) -> No
     assert source.most_opened == max_connections
     # Nothing was asked for twice, but for what the first connection had under way.
     assert SIZE <= transfer.received < SIZE + MIB
-    begins = [begin for begin, _end in source.parts]
-    assert [begin for begin, _end in source.parts[1:]] == [end for _, end in source.parts[:-1]]
-    assert begins == sorted(begins)
-    assert all(end - begin <= PART for begin, end in source.parts)
+    parts = sorted(source.parts)  # two that are asked for at one time may overtake each other
+    assert [begin for begin, _end in parts[1:]] == [end for _, end in parts[:-1]]
+    assert all(end - begin <= PART for begin, end in parts)
 
 
 def test_it_goes_on_in_the_middle() -> None:

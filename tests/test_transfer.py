@@ -381,6 +381,23 @@ def test_deadline_ends_a_pause(glance: FakeGlance, source: GlanceSource) -> None
     assert len(glance.requests) == 1
 
 
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_whoever_waits_for_the_first_byte_is_let_go_at_once(glance: FakeGlance, how: str) -> None:
+    session = Session(auth=NoAuth(endpoint=glance.url), timeout=30)
+    source = GlanceSource(session, endpoints=[glance.url], stall_timeout_s=30)
+    image = source.get(glance.store(DATA))
+    glance.faults = [Fault(silent=True)]
+    cancellation = Cancellation(None if how == "cancel" else 0.3)
+    if how == "cancel":
+        threading.Timer(0.3, cancellation.cancel, [Cancelled("somebody asked")]).start()
+    started = time.monotonic()
+    with pytest.raises((Cancelled, DeadlineExceeded)):
+        list(Transfer(source, image, 0, RetryPolicy(), cancellation))
+    assert 0.2 < time.monotonic() - started < 2
+    assert len(glance.requests) == 1
+    session.session.close()
+
+
 def test_cancel_before_the_first_byte(glance: FakeGlance, source: GlanceSource) -> None:
     image = source.get(glance.store(DATA))
     cancellation = Cancellation()

@@ -4,6 +4,7 @@ Two ways: `plain` keeps them as they are, `decoded` makes the raw disk of them
 on the way. Either can go on where an earlier run was interrupted.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -29,8 +30,11 @@ class Intake(Protocol):
             OSError, InsufficientFreeSpace: they cannot be written.
         """
 
-    def digest(self) -> str:
-        """Return the hex digest of all that was taken, which is now on stable storage."""
+    def digests(self) -> Mapping[str, str]:
+        """Return the hex digests, by algorithm, of all that was taken.
+
+        It is on stable storage now.
+        """
 
     def disk(self, verdict: Verdict) -> Path:
         """Return the raw disk that came of it, on stable storage.

@@ -9,18 +9,18 @@
 A checkpoint is made every 16 MiB and survives a crash of the host; with the
 tails a crash of the agent costs nothing at all. A checkpoint is as good as the
 hash of the whole: if that does not match, the image is fetched from its start.
-Of a hash whose state cannot be written down there are no checkpoints, so that
-the tails hold the whole image.
+Of a hash whose state cannot be written down, and of several, there are no
+checkpoints, so that the tails hold the whole image.
 """
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -31,7 +31,7 @@ from agent.files import first_bytes, reporting_no_space, write_durably
 from agent.image import Image
 from agent.inspection import HEAD, Inspection, Verdict, refuse_nested
 from agent.intake import Undecodable
-from agent.intake.hasher import Hash, Hasher
+from agent.intake.hasher import Hash, Hashers
 from agent.intake.marker import Marker
 from agent.intake.tails import Tails
 from agent.partial import Partial
@@ -60,15 +60,19 @@ class _Mark:
     decoder_state: bytes
 
 
+# The algorithm of `agent.resumable_hash`.
+_RESUMABLE: Final = "sha512"
+
+
 def possible(image: Image) -> bool:
     """Return whether an image can be decoded as it arrives, as far as its record tells."""
     return image.disk_format == "qcow2" and image.size is not None
 
 
-def _new_hash(algorithm: str) -> Hash:
-    if algorithm == "sha512" and resumable_hash.available():
-        return Sha512()
-    return hashlib.new(algorithm)
+def _new_hashes(algorithms: Sequence[str]) -> dict[str, Hash]:
+    if tuple(algorithms) == (_RESUMABLE,) and resumable_hash.available():
+        return {_RESUMABLE: Sha512()}
+    return {algorithm: hashlib.new(algorithm) for algorithm in algorithms}
 
 
 def begun(partial: Partial) -> bool:
@@ -76,15 +80,21 @@ def begun(partial: Partial) -> bool:
     return _head(partial).exists()
 
 
+def covered(partial: Partial, algorithms: Sequence[str]) -> bool:
+    """Return whether what was begun can be gone on with in all these hashes."""
+    return tuple(algorithms) == (_RESUMABLE,) or not _checkpoint(partial).exists()
+
+
 class DecodedIntake:
     """See `Intake`. Made by `begin` or `resume`."""
 
-    def __init__(self, partial: Partial, decoder: Decoder, hash_: Hash) -> None:
+    def __init__(self, partial: Partial, decoder: Decoder, hashes: Mapping[str, Hash]) -> None:
         self.kept = 0
         self._partial = partial
         self._decoder = decoder
-        self._hash = hash_
-        self._hasher = Hasher(hash_)
+        resumable = hashes.get(_RESUMABLE)
+        self._resumable = resumable if isinstance(resumable, Sha512) else None
+        self._hashers = Hashers(hashes)
         self._tails = Tails(partial.directory)
         # Opened before anything is written: a descriptor that is opened after a
         # write was lost does not hear of it.
@@ -95,7 +105,7 @@ class DecodedIntake:
         self._marker: Marker[_Mark] = Marker(self._settle, decoder.offset)
 
     @classmethod
-    def begin(cls, partial: Partial, *, algorithm: str, head: bytes) -> Self:
+    def begin(cls, partial: Partial, *, algorithms: Sequence[str], head: bytes) -> Self:
         """Begin an image whose first bytes are `head`; they are still to be taken.
 
         Raises:
@@ -104,7 +114,7 @@ class DecodedIntake:
         """
         decoder = _begin(partial, head)
         write_durably(_head(partial), head)
-        return cls(partial, decoder, _new_hash(algorithm))
+        return cls(partial, decoder, _new_hashes(algorithms))
 
     @classmethod
     def resume(
@@ -112,29 +122,31 @@ class DecodedIntake:
         partial: Partial,
         inspection: Inspection,
         *,
-        algorithm: str,
+        algorithms: Sequence[str],
         cancellation: Cancellation,
     ) -> Self:
         """Go on where the last run was interrupted; `inspection` is shown what counts.
+
+        The algorithms have to be `covered`.
 
         Raises:
             Undecodable: what is there is damaged.
         """
         checkpoint = _read_checkpoint(partial)
         head = _head(partial).read_bytes()
-        hash_: Hash
+        hashes: Mapping[str, Hash]
         if checkpoint is None:
-            decoder, hash_ = _begin(partial, head), _new_hash(algorithm)
+            decoder, hashes = _begin(partial, head), _new_hashes(algorithms)
         else:
             try:
-                hash_ = Sha512.from_state(bytes.fromhex(checkpoint.hash_state))
+                hashes = {_RESUMABLE: Sha512.from_state(bytes.fromhex(checkpoint.hash_state))}
                 state = checkpoint.decoder_state.encode()
                 decoder = Decoder.resume(state, partial.raw, _spill(partial))
             except (ValueError, FileNotFoundError) as e:
                 raise Undecodable(f"the checkpoint cannot be used: {e}") from e
             inspection.feed(head)
             inspection.pass_over(decoder.offset - len(head))
-        intake = cls(partial, decoder, hash_)
+        intake = cls(partial, decoder, hashes)
         try:
             intake._replay(inspection, cancellation)
         except BaseException:
@@ -162,13 +174,13 @@ class DecodedIntake:
         self._pass(chunk)
         with reporting_no_space(self._partial.raw, len(chunk), "writing beside"):
             self._tails.append(begin, chunk)
-        if isinstance(self._hash, Sha512):
-            state = self._hash.state
+        if self._resumable is not None:
+            state = self._resumable.state
             self._marker.reached(self.offset, lambda: self._mark(state))
         self._worth_marking = True
 
     def _pass(self, chunk: bytes) -> None:
-        self._hasher.update(chunk)
+        self._hashers.update(chunk)
         with reporting_no_space(self._partial.raw, len(chunk), "decoding into"):
             try:
                 self._decoder.feed(chunk)
@@ -182,7 +194,7 @@ class DecodedIntake:
             raise Undecodable(str(e)) from e
         mark = _Mark(
             offset=self.offset,
-            hash_state=self._hasher.after(hash_state),
+            hash_state=self._hashers.after(_RESUMABLE, hash_state),
             decoder_state=state,
         )
         self._tails.cut()
@@ -200,7 +212,7 @@ class DecodedIntake:
         write_durably(_checkpoint(self._partial), _CHECKPOINT.dump_json(checkpoint))
         self._tails.forget(mark.offset)
 
-    def digest(self) -> str:
+    def digests(self) -> Mapping[str, str]:
         self._worth_marking = False
         self._marker.close()
         self._marker.check()
@@ -208,7 +220,7 @@ class DecodedIntake:
             self._decoder.finish()
         except ValueError as e:
             raise Undecodable(str(e)) from e
-        return self._hasher.hexdigest()
+        return self._hashers.hexdigests()
 
     def disk(self, verdict: Verdict) -> Path:
         if self._decoder.virtual_size != verdict.virtual_size:
@@ -218,13 +230,13 @@ class DecodedIntake:
 
     def close(self) -> None:
         self._marker.close()
-        if self._worth_marking and isinstance(self._hash, Sha512):
+        if self._worth_marking and self._resumable is not None:
             self._worth_marking = False
             # Whoever stops the agent may be about to reboot the host.
             with contextlib.suppress(OSError, BootwrightError, Undecodable):
                 self._marker.check()
-                self._settle(self._mark(self._hash.state))
-        self._hasher.close()
+                self._settle(self._mark(self._resumable.state))
+        self._hashers.close()
         self._decoder.close()
         self._tails.cut()
         while self._synced:

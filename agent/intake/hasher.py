@@ -1,4 +1,4 @@
-"""A hash in a thread of its own.
+"""Hashes, each in a thread of its own.
 
 SHA-512 costs more than network and disk together (about 1.6 s a GiB on one
 core); the library lets go of the interpreter lock, so beside them it costs
@@ -7,7 +7,7 @@ only itself.
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -58,3 +58,27 @@ class Hasher:
         if self._thread.is_alive():
             self._work.put(None)
             self._thread.join()
+
+
+class Hashers:
+    """Several hashes of the same bytes, by algorithm; used by one thread besides theirs."""
+
+    def __init__(self, hashes: Mapping[str, Hash]) -> None:
+        self._hashers = {algorithm: Hasher(hash_) for algorithm, hash_ in hashes.items()}
+
+    def update(self, chunk: bytes) -> None:
+        for hasher in self._hashers.values():
+            hasher.update(chunk)
+
+    def after(self, algorithm: str, function: Callable[[], bytes]) -> "Future[bytes]":
+        """As `Hasher.after`, of that hash."""
+        return self._hashers[algorithm].after(function)
+
+    def hexdigests(self) -> dict[str, str]:
+        """Wait for what was given to `update`, and return the digests."""
+        return {algorithm: hasher.hexdigest() for algorithm, hasher in self._hashers.items()}
+
+    def close(self) -> None:
+        """End the threads; may be called again."""
+        for hasher in self._hashers.values():
+            hasher.close()

@@ -8,6 +8,7 @@ An earlier run's `data` is read once, to bring hash and inspection up to it.
 
 import contextlib
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from agent.cancellation import Cancellation
 from agent.errors import BootwrightError, ImageUnacceptable
 from agent.files import first_bytes, reporting_no_space
 from agent.inspection import HEAD, Inspection, Verdict, refuse_nested
-from agent.intake.hasher import Hasher
+from agent.intake.hasher import Hashers
 from agent.intake.marker import Marker
 from agent.partial import Partial
 from agent.sparse import SparseFile
@@ -49,7 +50,7 @@ class PlainIntake:
         partial: Partial,
         inspection: Inspection,
         *,
-        algorithm: str,
+        algorithms: Sequence[str],
         converter: Converter,
         cancellation: Cancellation,
     ) -> None:
@@ -70,7 +71,7 @@ class PlainIntake:
         self._file = SparseFile(partial.data, length=self.kept)
         self._size = self.kept
         partial.mark(min(self.kept, partial.durable))
-        self._hasher = Hasher(hashlib.new(algorithm))
+        self._hashers = Hashers({name: hashlib.new(name) for name in algorithms})
         self._marker = Marker(self._settle, self.kept)
         self._worth_marking = False
         try:
@@ -84,7 +85,7 @@ class PlainIntake:
             while piece := file.read(_PIECE):
                 self._cancellation.check()
                 self._inspection.feed(piece)
-                self._hasher.update(piece)
+                self._hashers.update(piece)
 
     @property
     def offset(self) -> int:
@@ -92,7 +93,7 @@ class PlainIntake:
 
     def take(self, chunk: bytes) -> None:
         self._worth_marking = False
-        self._hasher.update(chunk)
+        self._hashers.update(chunk)
         size = self._size + len(chunk)
         with reporting_no_space(self._partial.data, len(chunk), "writing"):
             self._file.write(chunk, 0, len(chunk), self._size)
@@ -113,12 +114,12 @@ class PlainIntake:
         with reporting_no_space(self._partial.data, 0, "flushing"):
             self._file.flush()
 
-    def digest(self) -> str:
+    def digests(self) -> Mapping[str, str]:
         self._worth_marking = False
         self._marker.close()
         self._marker.check()
         self._flush()
-        return self._hasher.hexdigest()
+        return self._hashers.hexdigests()
 
     def disk(self, verdict: Verdict) -> Path:
         if verdict.format in PLAIN_FORMATS:
@@ -160,5 +161,5 @@ class PlainIntake:
             with contextlib.suppress(OSError, BootwrightError):
                 self._marker.check()
                 self._settle(self._size)
-        self._hasher.close()
+        self._hashers.close()
         self._file.close()
