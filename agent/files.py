@@ -191,10 +191,10 @@ def remove_tree(path: Path) -> None:
         )
     try:
         shutil.rmtree(path, onerror=_unless_gone)
+        with contextlib.suppress(FileNotFoundError):
+            fsync_directory(path.parent)
     except OSError as e:
         raise BackendError(f"removing {path}: {e}") from e
-    with contextlib.suppress(FileNotFoundError):
-        fsync_directory(path.parent)
 
 
 def clone(source: int, target: int) -> bool:

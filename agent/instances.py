@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from agent.cancellation import Cancellation
 from agent.disk import Disk
-from agent.errors import BackendError, InstanceExists, NotFound
+from agent.errors import BackendError, BootwrightError, InstanceExists, NotFound
 from agent.files import (
     UNFINISHED,
     fsync_directory,
@@ -204,19 +204,41 @@ class Instances:
         """Make the instance's directory and its record durable; return the directory.
 
         Raises:
-            InsufficientFreeSpace, BackendError: it cannot be written.
+            InsufficientFreeSpace, BackendError: it cannot be written, or not durably.
+                `get` returns what is on disk, which may be either.
         """
         directory = self.directory_of(record.uuid)
-        with _reporting("writing", directory / RECORD_NAME):
-            if not directory.is_dir():
-                # Others may pass through, as the hypervisor's user must, but not list.
-                directory.mkdir(mode=0o711)
-                directory.chmod(0o711)
-                fsync_directory(self._directory)
-            write_durably(directory / RECORD_NAME, _RECORD.dump_json(record, indent=2))
+        try:
+            with _reporting("writing", directory / RECORD_NAME):
+                if not directory.is_dir():
+                    # Others may pass through, as the hypervisor's user must, but not list.
+                    directory.mkdir(mode=0o711)
+                    directory.chmod(0o711)
+                    fsync_directory(self._directory)
+                write_durably(directory / RECORD_NAME, _RECORD.dump_json(record, indent=2))
+        except BootwrightError:
+            self._look_again(record.uuid)
+            raise
         with self._lock:
             self._known[record.uuid] = record
         return directory
+
+    def _look_again(self, uuid: str) -> None:
+        """Know of an instance what is on disk, after a write of its record that failed.
+
+        The record may have got its name all the same, if only the flush of the
+        directory failed. Were it not known then, nobody would remove it, and the
+        next start would find an instance of a job that has failed.
+        """
+        directory = self.directory_of(uuid)
+        try:
+            found = _RECORD.validate_json((directory / RECORD_NAME).read_bytes())
+        except (OSError, ValidationError):
+            with contextlib.suppress(OSError):
+                directory.rmdir()  # unless there is anything in it
+            return
+        with self._lock:
+            self._known[uuid] = found
 
     def create_console(self, uuid: str) -> None:
         """Make the console log if it is not there.

@@ -1,6 +1,7 @@
 """The registry of instances, on a real directory."""
 
 import json
+import resource
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -234,6 +235,38 @@ def test_what_the_file_system_refuses_is_an_error_of_the_job(
     (tmp_path / UUID).symlink_to("/proc/self/fdinfo")
     with pytest.raises(BackendError, match="removing"):
         instances.remove(UUID)
+
+
+def test_record_that_could_not_be_written_leaves_no_directory(
+    instances: Instances, tmp_path: Path
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(BackendError, match="File too large"):
+            instances.write(record(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert list(tmp_path.iterdir()) == []
+    assert instances.get(UUID) is None
+
+
+def test_rewrite_that_failed_leaves_the_record_as_it_was(
+    instances: Instances, tmp_path: Path
+) -> None:
+    before = record(tmp_path)
+    instances.write(before)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(BackendError):
+            instances.write(replace(before, name="web-2"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert instances.get(UUID) == before
+    assert Instances(tmp_path).get(UUID) == before
 
 
 @pytest.mark.parametrize("contents", ["", "{", "[]", '{"uuid": 1}', json.dumps({"version": 1})])

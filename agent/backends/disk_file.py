@@ -134,4 +134,7 @@ def remove(disk: Disk, home: Home) -> None:
         raise BackendError(f"removing {disk.path}: {e.strerror}") from e
     finally:
         os.close(directory)
-    fsync_directory(home.directory)
+    try:
+        fsync_directory(home.directory)
+    except OSError as e:
+        raise BackendError(f"removing {disk.path} durably: {e.strerror}") from e
