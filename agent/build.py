@@ -41,7 +41,7 @@ from agent.job import (
     OnFailure,
 )
 from agent.layout import Layout
-from agent.recorder import Recorder
+from agent.recorder import EndNotRecorded, Recorder
 from agent.removal import remove_disks, remove_instance
 from agent.report import (
     DomainReport,
@@ -86,6 +86,7 @@ class Build:
             BootwrightError: it failed; with `on_failure: cleanup` all that the
                 job made is gone again. When the agent is stopping all of it
                 stays for the restart.
+            EndNotRecorded: it is done; all of it stays for the next run.
         """
         instances = self._host.instances
         self._recorder.note(instance=InstanceReport(uuid=self._uuid, name=self._name))
@@ -94,7 +95,7 @@ class Build:
             instances.claim(uuid=self._uuid, name=self._name, job_id=self._job_id)
             try:
                 self._run()
-            except AgentStopping:
+            except (AgentStopping, EndNotRecorded):
                 raise
             except Exception:
                 if self._request.on_failure is OnFailure.CLEANUP:

@@ -15,6 +15,22 @@ from agent.journal import Job, Journal
 from agent.report import ErrorReport, JobReport, PhaseReport, Progress, Status, TaskState
 
 
+class EndNotRecorded(Exception):
+    """The journal could not take down how a job ended.
+
+    No failure of the job: what it made stays, for nobody knows whether the journal
+    will say after a crash that it ended well. It runs again. Hence no
+    `BootwrightError`, which would have it undone.
+    """
+
+    def __init__(self, reason: BootwrightError) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.reason)
+
+
 class Recorder:
     """Written by the thread that runs the job, read by any."""
 
@@ -68,7 +84,11 @@ class Recorder:
         self._write(phase.value.replace("_", " "), durable=False)
 
     def finish(self, status: Status, message: str, error: BootwrightError | None = None) -> None:
-        """Record how the job ended, durably."""
+        """Record how the job ended, durably.
+
+        Raises:
+            EndNotRecorded: that may be so after a crash, and until then is not.
+        """
         self._close_phase()
         ended_in = self.report.task_state
         self.note(
@@ -84,7 +104,10 @@ class Recorder:
                 phase=ended_in,
             ),
         )
-        self._write(message, durable=True)
+        try:
+            self._write(message, durable=True)
+        except BootwrightError as e:
+            raise EndNotRecorded(e) from e
 
     def _close_phase(self) -> None:
         now = self._clock()

@@ -17,7 +17,7 @@ from agent.cancellation import Cancellation
 from agent.errors import AgentStopping, BootwrightError, Cancelled, InternalError
 from agent.job import Action, JobRequest
 from agent.journal import Job, Journal
-from agent.recorder import Recorder
+from agent.recorder import EndNotRecorded, Recorder
 from agent.report import JobReport, Status
 
 LOG = logging.getLogger(__name__)
@@ -45,11 +45,13 @@ class Worker:
         *,
         concurrency: int,
         untouched: Callable[[JobRequest], bool],
+        again_s: float = AGAIN_S,
     ) -> None:
         """`untouched`: whether no run of a job can have left anything that has to be undone."""
         self._journal = journal
         self._execute = execute
         self._untouched = untouched
+        self._again_s = again_s
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
@@ -105,7 +107,10 @@ class Worker:
             if job.report.status.final:
                 pass
             elif running is None and at_once(job):
-                Recorder(self._journal, job).finish(Status.CANCELLED, reason.message, reason)
+                try:
+                    Recorder(self._journal, job).finish(Status.CANCELLED, reason.message, reason)
+                except EndNotRecorded as e:
+                    raise e.reason from e
                 self._let_go()
             else:
                 self._journal.cancel(job_id, reason.message)
@@ -162,11 +167,11 @@ class Worker:
             job, running = begun
             try:
                 self._run(job, running)
-            except BootwrightError as e:
-                # How it ended could not be journaled, so for the journal it has
-                # not: it runs again, and finds most of itself done.
-                LOG.error("%s; the job runs again in %d s", e, AGAIN_S)
-                again = threading.Timer(AGAIN_S, self.enqueue, [job_id])
+            except EndNotRecorded as e:
+                # For the journal it has not ended: it runs again, and finds most
+                # of itself done.
+                LOG.error("%s; the job runs again in %g s", e, self._again_s)
+                again = threading.Timer(self._again_s, self.enqueue, [job_id])
                 again.daemon = True
                 again.start()
             finally:
@@ -235,6 +240,8 @@ class Worker:
                 recorder.finish(Status.CANCELLED, e.message, e)
             except BootwrightError as e:
                 recorder.finish(Status.ERROR, str(e), e)
+            except EndNotRecorded:
+                raise
             except Exception as e:
                 LOG.exception("%s failed by a defect of ours", request.action)
                 error = InternalError(

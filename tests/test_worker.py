@@ -1,8 +1,10 @@
 """The worker over a real journal: what it runs, how jobs end, what a restart goes on with."""
 
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -213,6 +215,36 @@ def test_cancel_of_what_has_ended_or_never_was(host: Host) -> None:
     assert host.journal.get("job-1").report == ended
     with pytest.raises(NotFound):
         host.worker.cancel("job-9", "cancelled on request")
+
+
+def test_success_that_the_journal_cannot_take_down_is_no_failure(host: Host) -> None:
+    runs: list[None] = []
+
+    def execute(_request: JobRequest, recorder: Recorder, _cancellation: Cancellation) -> None:
+        recorder.phase(TaskState.SPAWNING)
+        runs.append(None)
+        with no_file_grows() if len(runs) == 1 else nullcontext():
+            recorder.finish(Status.ACTIVE, "the domain is running")
+
+    host.worker = Worker(
+        host.journal, execute, concurrency=1, untouched=lambda _: True, again_s=0.01
+    )
+    host.worker.start()
+    host.accept("job-1")
+
+    assert host.final("job-1").status is Status.ACTIVE
+    assert len(runs) == 2
+
+
+@contextmanager
+def no_file_grows() -> Iterator[None]:
+    """Have every write to a file fail."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_deadline_ends_a_job_and_counts_from_its_acceptance(host: Host) -> None:
