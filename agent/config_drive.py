@@ -41,7 +41,10 @@ _VFAT_LIMITS: Final = process.Limits(cpu_s=60, address_space=1 << 30, file_size=
 
 
 class ConfigDrive:
-    """One instance's; the same for the same arguments, so that a crash may have it made again."""
+    """One instance's; the same files for the same arguments, so that it may be made again.
+
+    Only the dates in it are those of its making: pycdlib and mtools take the time themselves.
+    """
 
     def __init__(
         self,
