@@ -35,7 +35,7 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -qy
 # $(call apt,arguments): silent, unless it fails.
 apt = $(APT) $(1) >$(APT_LOG) 2>&1 || { tail -20 $(APT_LOG); echo "apt-get failed, see $(APT_LOG)"; exit 1; }
 
-.PHONY: help demo test lint types unit functional docs clean
+.PHONY: help demo test lint types unit functional campaign docs clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -56,6 +56,10 @@ unit: | $(PACKAGES)
 
 functional: | $(PACKAGES)
 	@$(TOX) -e functional -- functional $(ARGS)
+
+# Hours. ARGS="-k twin", for example, is a part of it.
+campaign: | $(PACKAGES)
+	@BOOTWRIGHT_CAMPAIGN=whole $(TOX) -e functional -- functional/test_campaign.py $(ARGS)
 
 # Debian packages. bindep itself comes from a virtualenv, which needs python3-venv. The package
 # lists are fetched even if nothing is missing: the guest's kernel is downloaded by them.

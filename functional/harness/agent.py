@@ -17,9 +17,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import IO, Any, Final, Self
 
 from agent.client import Client
+from functional.harness.launcher import Launcher, Started
 
 PROGRAM: Final = Path(sys.prefix, "bin/bootwright")
 USER: Final = "bootwright"
@@ -59,21 +60,27 @@ class Agent:
     """One agent with everything it owns below `root`; a context manager that starts and stops it.
 
     `root` is made, and has to be where the service user and QEMU's can go.
-    `capabilities`: what it is started with.
+    `capabilities`: what it is started with. `launcher`: starts it in place of its console script.
     """
 
     def __init__(
-        self, root: Path, options: Options, *, capabilities: Sequence[str] = ("fowner",)
+        self,
+        root: Path,
+        options: Options,
+        *,
+        capabilities: Sequence[str] = ("fowner",),
+        launcher: Launcher | None = None,
     ) -> None:
         self.root = root
         self._capabilities = capabilities
+        self._launcher = launcher
         self.instances = root / "instances"
         self.bases = self.instances / "_base"
         self.socket = root / "bootwright.sock"
         self.log_path = root / "agent.log"
         self._config = root / "bootwright.conf"
         self._options: Options = {}
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Started | None = None
         account = make_user()
         for directory in (root, self.instances):
             directory.mkdir(mode=0o711, exist_ok=True)
@@ -111,6 +118,10 @@ class Agent:
         return self._process.pid
 
     @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def log(self) -> str:
         return self.log_path.read_text()
 
@@ -123,18 +134,23 @@ class Agent:
     def start(self) -> None:
         """Return when it serves."""
         with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*as_service(*self._capabilities), *self.command("agent")],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-            )
+            self._process = self._launched(log)
         deadline = time.monotonic() + _START_LIMIT_S
         while not self._serves():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise AgentError(f"the agent did not start:\n{self.log[-4000:]}")
             time.sleep(0.02)
+
+    def _launched(self, log: IO[bytes]) -> subprocess.Popen[bytes] | Started:
+        if self._launcher is not None:
+            return self._launcher.start(self.command("agent"), log)
+        return subprocess.Popen(
+            [*as_service(*self._capabilities), *self.command("agent")],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+        )
 
     def _serves(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
