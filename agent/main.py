@@ -383,7 +383,7 @@ def _rbd(rbd: RbdSettings, settings: Settings, hypervisor: Hypervisor) -> Rbd:
         secret_uuid=rbd.secret_uuid,
         share_key=lambda uuid, key: hypervisor.ensure_secret(uuid, usage, key),
         scratch=settings.instances_path,
-        clones=True,
+        clones=not settings.images.signatures.verify,
         busy_retries=rbd.busy_retries,
         busy_interval_s=rbd.busy_interval_s,
     )
