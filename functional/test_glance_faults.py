@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -113,6 +114,49 @@ def test_a_glance_that_restarts_in_the_middle_is_waited_for(
         fetch.join()
 
         assert sha256(agent.base(image_id)) == sha256(blob)
+
+
+def closed_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_an_endpoint_that_is_dead_or_dies_is_passed_over(
+    make_agent: MakeAgent, glance: Glance, image_id: str, blob: Path
+) -> None:
+    with (
+        FaultProxy(glance.url, [Fault(cut_after=8 * MIB)]) as dying,
+        FaultProxy(glance.url) as lively,
+    ):
+        dying.afterwards = Fault(refuse=True)
+        endpoints = (f"http://127.0.0.1:{closed_port()}", dying.url, lively.url)
+        options = {"endpoint_override": ",".join(endpoints), "num_retries": 2}
+        agent = make_agent(options={"glance": options})
+
+        agent.json("image", "fetch", image_id)
+
+        assert sha256(agent.base(image_id)) == sha256(blob)
+        # What the second one had sent, the third is not asked for.
+        assert [exchange.range for exchange in lively.matching] == [f"bytes={8 * MIB}-"]
+
+
+def test_all_fetches_together_keep_to_the_bandwidth_limit(
+    make_agent: MakeAgent, glance: Glance, image_id: str, blob: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(blob.read_bytes()[: 16 * MIB])
+    other_id = glance.upload(other, disk_format="raw")
+    agent = make_agent(options={"glance": {"bandwidth_limit": 32}})
+    begin = time.monotonic()
+
+    agent.json("image", "fetch", image_id, other_id)
+
+    assert time.monotonic() - begin > (SIZE + 16 * MIB) / (32 * MIB) - 0.2
+    assert sha256(agent.base(image_id)) == sha256(blob)
+    assert sha256(agent.base(other_id)) == sha256(other)
+    glance.delete(other_id)
 
 
 def test_an_expired_token_is_renewed_in_the_middle(
