@@ -422,3 +422,24 @@ def test_template_too_large_is_refused_unread() -> None:
 def test_template_nested_too_deep_is_refused() -> None:
     with pytest.raises(InvalidJob, match="line 1"):
         fill_template("<domain>" * 10_000 + "</domain>" * 10_000, domain_spec())
+
+
+@pytest.mark.parametrize(
+    ("native", "cache", "io"),
+    [
+        (True, "none", "native"),
+        (True, "directsync", "native"),
+        (True, "writeback", None),  # QEMU refuses it
+        (False, "none", None),
+    ],
+)
+def test_input_and_output_of_a_whole_volume_is_native(
+    native: bool, cache: str, io: str | None
+) -> None:
+    volume = dataclasses.replace(
+        FLAT, type=DiskType.BLOCK, path=Path("/dev/vg/x_disk"), native_io=native
+    )
+    spec = dataclasses.replace(domain_spec(volume), cache_modes=dict.fromkeys(DiskType, cache))
+    driver = etree.fromstring(build(spec)).find("devices/disk/driver")
+    assert driver is not None
+    assert driver.get("io") == io

@@ -90,9 +90,8 @@ def children(pid: int) -> list[int]:
 
 
 def test_domain_boots_off_a_thin_volume_and_leaves_nothing(
-    work: Path, libvirtd: PrivateLibvirtd
+    work: Path, libvirtd: PrivateLibvirtd, guest: Guest
 ) -> None:
-    guest = guests.build(CACHE / "guest")
     with agent_with(work, libvirtd, libvirt={"images_thin_pool": POOL}) as (agent, client):
         image = add_images(client, guest)
         report = done(
@@ -130,11 +129,10 @@ def test_domain_boots_off_a_thin_volume_and_leaves_nothing(
 
 
 def test_encrypted_disks_of_an_instance_and_their_end(
-    work: Path, libvirtd: PrivateLibvirtd
+    work: Path, libvirtd: PrivateLibvirtd, guest: Guest
 ) -> None:
     keys = work / "agent/keys"
     encryption: dict[str, object] = {"enabled": True, "key_directory": keys}
-    guest = guests.build(CACHE / "guest")
     with agent_with(work, libvirtd, ephemeral_storage_encryption=encryption) as (agent, client):
         image = add_images(client, guest)
         document: dict[str, Any] = {
