@@ -273,6 +273,9 @@ class Agent:
             virtual_size=entry.manifest.virtual_size,
             disk_usage=entry.allocated,
             digest=entry.manifest.digest,
+            certificate=None
+            if entry.manifest.proof is None
+            else entry.manifest.proof.claim.certificate,
             committed_at=entry.manifest.created_at,
             last_used_at=entry.last_used_at,
             instances=tuple(r.uuid for r in self._instances.standing_on(entry.name)),

@@ -51,6 +51,8 @@ class ImageEntry(_View):
     """What its base takes from the filesystem."""
     digest: str | None = None
     """`algorithm:hex` of the bytes the image source delivered."""
+    certificate: str | None = None
+    """Id of the certificate its signature was verified with; None if nobody demanded that."""
     committed_at: float | None = None
     last_used_at: float | None = None
     instances: tuple[str, ...] = ()

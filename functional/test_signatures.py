@@ -120,6 +120,7 @@ def test_a_signed_image_boots(
     result = strict.boot(boot_job(image_id))
 
     assert (result["status"], result["domain"]["state"]) == ("ACTIVE", "running")
+    assert strict.json("image", "show", image_id)["certificate"] == signing.signer
     strict.run("instance", "delete", "signed")
 
 

@@ -281,6 +281,7 @@ def _print(entry: ImageEntry) -> None:
             ("virtual size", size(entry.virtual_size)),
             ("on disk", size(entry.disk_usage)),
             ("digest", entry.digest),
+            ("certificate", entry.certificate),
             ("committed", instant(entry.committed_at)),
             ("last used", instant(entry.last_used_at)),
             ("pinned", (instant(entry.pinned_until) or "for ever") if entry.pinned else None),
