@@ -16,7 +16,6 @@ again from the start and passes quickly over what is done:
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from agent import domain_xml
 from agent.acquisition import Acquisition
@@ -26,7 +25,7 @@ from agent.devices import assign_devices, assign_macs
 from agent.disk import Home
 from agent.domain_xml import DomainSpec
 from agent.errors import AgentStopping, BootwrightError, FlavorDiskSmallerThanMinDisk, InvalidJob
-from agent.hardware import Hardware, SecureBoot, unknown
+from agent.hardware import Hardware
 from agent.host import Host
 from agent.image import Image
 from agent.instances import InstanceRecord
@@ -41,6 +40,7 @@ from agent.job import (
     OnFailure,
 )
 from agent.layout import Layout
+from agent.properties import unknown
 from agent.recorder import EndNotRecorded, Recorder
 from agent.removal import remove_disks, remove_instance
 from agent.report import (
@@ -114,6 +114,7 @@ class Build:
             self._host.hypervisor.require_free(uuid=self._uuid, name=self._name)
         images = self._acquisition.resolve(self._image)
         self._check_flavor(images[Role.ROOT])
+        hardware = self._hardware(images[Role.ROOT])
         bases = self._acquisition.acquire(
             images, images_type=self._images_type, max_virtual_size=self._root_limit
         )
@@ -122,7 +123,6 @@ class Build:
             image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin)
         )
         self._recorder.phase(TaskState.BLOCK_DEVICE_MAPPING)
-        hardware = self._hardware(root.image)
         networks = assign_macs(self._networks(), self._uuid)
         record = self._record(bases, hardware, networks)
         self._recorder.note(disks=tuple(disk.report() for disk in record.disks))
@@ -179,6 +179,7 @@ class Build:
             image_properties=dict(root.image.properties),
             images_type=self._images_type,
             metadata=self._instance.metadata,
+            iotune=self._flavor.iotune,
             disks=assign_devices(
                 self._layout(networks).plan(bases, self._images_type), hardware, self._uuid
             ),
@@ -194,11 +195,12 @@ class Build:
                 ", ".join(ignored),
             )
         hardware = Hardware.wanted_by(image.properties)
-        if hardware.secure_boot is SecureBoot.OPTIONAL:
-            offered = self._host.hypervisor.offers_secure_boot(hardware.machine)
-            choice = SecureBoot.REQUIRED if offered else SecureBoot.DISABLED
-            return replace(hardware, secure_boot=choice)
-        return hardware
+        if hardware.topology is not None:
+            hardware.topology.fit(self._flavor.vcpus)
+        if not hardware.asks_host:
+            return hardware
+        offers = self._host.hypervisor.offers(hardware.machine)
+        return hardware.on(secure_boot=offers.secure_boot, tpm=offers.tpm)
 
     def _known(self) -> InstanceRecord | None:
         return self._host.instances.get(self._uuid)
@@ -254,7 +256,7 @@ class Build:
             rbd=self._host.backends.access(record.disks),
             cache_modes=self._host.defaults.cache_modes,
             discard=self._host.defaults.discard,
-            iotune=self._flavor.iotune,
+            iotune=record.iotune,
         )
         template = self._request.libvirt.domain_xml
         return (

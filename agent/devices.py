@@ -11,8 +11,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 from agent.disk import Disk
-from agent.hardware import Bus, Hardware, choice, refused
+from agent.hardware import Bus, Hardware
 from agent.job import Network
+from agent.properties import choice, refused
 from agent.report import Role
 
 # Two channels of two drives each, which is all that libvirt gives a machine.

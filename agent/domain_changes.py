@@ -5,7 +5,7 @@ disks are filled in again as into a template (`agent.domain_xml`), so that each
 names its format and what it stands on.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,6 +47,7 @@ def changed(
     size: Size | None = None,
     kernel: Kernel | None = None,
     boots_from: Disk | None = None,
+    limited: Mapping[str, int] | None = None,
 ) -> str:
     """Return the domain of `record` with its disks as they are now.
 
@@ -54,6 +55,8 @@ def changed(
         xml: the domain as libvirt has it.
         size, kernel: instead of what it has; None leaves that alone.
         boots_from: the disk that comes first, and alone, in the order of boot.
+        limited: the limits that its disks had; those of `record` take their place. None if they
+            are the same.
 
     Raises:
         BackendError: how network disks are reached cannot be found out.
@@ -63,6 +66,8 @@ def changed(
         _drop(domain, _SIZE)
     if kernel is not None:
         _drop(domain, _KERNEL)
+    if limited is not None:
+        _drop_limits(domain, limited)
     disks = record.disks
     if boots_from is not None:
         _drop(domain, _BOOT)
@@ -86,6 +91,7 @@ def changed(
         rbd=host.backends.access(disks),
         cache_modes=host.defaults.cache_modes,
         discard=host.defaults.discard,
+        iotune=record.iotune,
     )
     return domain_xml.fill_template(etree.tostring(domain, encoding="unicode"), spec)
 
@@ -102,6 +108,16 @@ def _drop(domain: etree._Element, paths: Collection[str]) -> None:
             parent = element.getparent()
             if parent is not None:
                 parent.remove(element)
+
+
+def _drop_limits(domain: etree._Element, limits: Mapping[str, int]) -> None:
+    """Take off what we have put on; limits of the domain's owner stay."""
+    for disk in domain.findall("devices/disk"):
+        found = disk.find("iotune")
+        if found is not None and {limit.tag: limit.text for limit in found} == {
+            name: str(value) for name, value in limits.items()
+        }:
+            disk.remove(found)
 
 
 def _make_room(domain: etree._Element, names: Collection[str]) -> None:

@@ -13,9 +13,11 @@ from typing import Final, assert_never, cast
 
 from lxml import etree
 
+from agent import machine_xml
 from agent.disk import Disk, DiskType, RbdAccess
+from agent.elements import add, child, offer, put
 from agent.errors import InvalidJob
-from agent.hardware import Bus, Firmware, Hardware, SecureBoot, WatchdogAction
+from agent.hardware import Bus, Firmware, Hardware, NicModel
 from agent.job import Network
 from agent.report import Role
 
@@ -78,21 +80,22 @@ def build(spec: DomainSpec) -> str:
     domain = etree.Element("domain", type=spec.virt_type)
     _identify(domain, spec)
     _size(domain, spec)
-    os = _add(domain, "os", firmware="efi" if spec.hardware.firmware is Firmware.UEFI else None)
-    _add(os, "type", "hvm", machine=spec.hardware.machine)
-    _firmware(os, spec.hardware)
+    os = add(domain, "os", firmware="efi" if spec.hardware.firmware is Firmware.UEFI else None)
+    add(os, "type", "hvm", machine=spec.hardware.machine)
+    machine_xml.firmware(os, spec.hardware)
     _kernel(os, spec)
-    _processor(domain, spec)
-    devices = _add(domain, "devices")
+    machine_xml.huge_pages(domain, spec.hardware)
+    machine_xml.processor(domain, spec.hardware, vcpus=spec.vcpus, kvm=spec.virt_type == "kvm")
+    devices = add(domain, "devices")
     _controllers(devices, spec)
     for disk in _attached(spec):
-        _describe(_add(devices, "disk"), disk, spec)
+        _describe(add(devices, "disk"), disk, spec)
     for network in spec.networks:
         _interface(devices, network, spec)
     _console(devices, spec)
-    _extras(devices, spec.hardware)
-    _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
-    _add(devices, "memballoon", model="virtio")
+    machine_xml.extras(devices, spec.hardware)
+    add(add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
+    add(devices, "memballoon", model="virtio")
     return _text(domain)
 
 
@@ -116,11 +119,15 @@ def fill_template(xml: str, spec: DomainSpec) -> str:
     _agree(domain, "uuid", spec.uuid)
     _identify(domain, spec)
     _size(domain, spec)
-    os = _child(domain, "os")
+    os = child(domain, "os")
     if os.find("type") is None:
-        _add(os, "type", "hvm", machine=spec.hardware.machine)
+        add(os, "type", "hvm", machine=spec.hardware.machine)
+        if spec.hardware.firmware is Firmware.UEFI and "firmware" not in os.attrib:
+            # Machine and firmware belong together: the template left both to the image.
+            os.set("firmware", "efi")
+            machine_xml.firmware(os, spec.hardware)
     _kernel(os, spec)
-    devices = _child(domain, "devices")
+    devices = child(domain, "devices")
     places = _places(devices)
     if os.find("boot") is not None or devices.find("*/boot") is not None:
         # libvirt takes an order of boot in one way only, and each place in it once.
@@ -129,7 +136,7 @@ def fill_template(xml: str, spec: DomainSpec) -> str:
         _controllers(devices, spec)
     for disk in _attached(spec):
         place = places.get(disk.device_name or "")
-        _describe(_add(devices, "disk") if place is None else place, disk, spec)
+        _describe(add(devices, "disk") if place is None else place, disk, spec)
     card = devices.find("interface")
     if card is not None and spec.networks:
         raise _wrong(
@@ -225,24 +232,24 @@ def _places(devices: etree._Element) -> Mapping[str, etree._Element]:
 
 
 def _identify(domain: etree._Element, spec: DomainSpec) -> None:
-    _set(domain, "name", spec.name)
-    _set(domain, "uuid", spec.uuid)
-    metadata = _child(domain, "metadata")
+    put(domain, "name", spec.name)
+    put(domain, "uuid", spec.uuid)
+    metadata = child(domain, "metadata")
     # libvirt keeps one element of each namespace: the first.
     for previous in metadata.findall(f"{{{NAMESPACE}}}*"):
         metadata.remove(previous)
     instance = etree.SubElement(
         metadata, f"{{{NAMESPACE}}}instance", nsmap={"bootwright": NAMESPACE}
     )
-    _add(instance, f"{{{NAMESPACE}}}job", id=spec.job_id)
-    _add(instance, f"{{{NAMESPACE}}}image", id=spec.image_id, digest=spec.image_digest)
+    add(instance, f"{{{NAMESPACE}}}job", id=spec.job_id)
+    add(instance, f"{{{NAMESPACE}}}image", id=spec.image_id, digest=spec.image_digest)
 
 
 def _size(domain: etree._Element, spec: DomainSpec) -> None:
     if domain.find("memory") is None:
-        _add(domain, "memory", str(spec.ram_mib), unit="MiB")
+        add(domain, "memory", str(spec.ram_mib), unit="MiB")
     if domain.find("vcpu") is None:
-        _add(domain, "vcpu", str(spec.vcpus))
+        add(domain, "vcpu", str(spec.vcpus))
 
 
 def _kernel(os: etree._Element, spec: DomainSpec) -> None:
@@ -253,80 +260,11 @@ def _kernel(os: etree._Element, spec: DomainSpec) -> None:
         if present is not None:
             raise _wrong(_line(present), f"<{tag}> is there already, and the job brings its own")
         if path is not None:
-            _add(os, tag, str(path))
+            add(os, tag, str(path))
     if os.find("cmdline") is None:
         root = next(disk for disk in spec.disks if disk.role is Role.ROOT)
         usual = f"root=/dev/{root.device_name} console=ttyS0"
-        _add(os, "cmdline", usual if spec.command_line is None else spec.command_line)
-
-
-def _firmware(os: etree._Element, hardware: Hardware) -> None:
-    if hardware.firmware is Firmware.UEFI:
-        features = _add(os, "firmware")
-        # Left alone, libvirt may choose a firmware that refuses every kernel
-        # Microsoft has not signed.
-        secure = "yes" if hardware.secure_boot is SecureBoot.REQUIRED else "no"
-        _add(features, "feature", enabled=secure, name="secure-boot")
-        if hardware.secure_boot is SecureBoot.REQUIRED:
-            # Without keys nothing would be refused.
-            _add(features, "feature", enabled="yes", name="enrolled-keys")
-        if hardware.firmware_stateless:
-            _add(os, "loader", stateless="yes")
-    if hardware.boot_menu:
-        _add(os, "bootmenu", enable="yes")
-
-
-def _processor(domain: etree._Element, spec: DomainSpec) -> None:
-    """Write features, processor and clock, in the order of libvirt's schema."""
-    hardware = spec.hardware
-    kvm = spec.virt_type == "kvm"
-    features = _add(domain, "features")
-    _add(features, "acpi")
-    _add(features, "apic")
-    if hardware.pmu is not None:
-        _add(features, "pmu", state="on" if hardware.pmu else "off")
-    if hardware.hidden_hypervisor:
-        _add(_add(features, "kvm"), "hidden", state="on")
-    if hardware.windows and kvm:
-        hyperv = _add(features, "hyperv")
-        _add(hyperv, "relaxed", state="on")
-        _add(hyperv, "vapic", state="on")
-        _add(hyperv, "spinlocks", state="on", retries="8191")
-    if hardware.secure_boot is SecureBoot.REQUIRED:
-        # The variables with the keys are out of reach for the guest's kernel.
-        _add(features, "smm", state="on")
-    # Under TCG host-model describes a host that is not there; maximum is all
-    # that the emulator can do, and guests built for x86-64-v2 need that.
-    cpu = _add(domain, "cpu", mode="host-model" if kvm else "maximum")
-    if hardware.topology is not None:
-        sockets, cores, threads = hardware.topology.complete(spec.vcpus)
-        _add(cpu, "topology", sockets=str(sockets), cores=str(cores), threads=str(threads))
-    # Windows takes the hardware clock for local time.
-    clock = _add(domain, "clock", offset="localtime" if hardware.windows else "utc")
-    _add(clock, "timer", name="pit", tickpolicy="delay")
-    _add(clock, "timer", name="rtc", tickpolicy="catchup")
-    _add(clock, "timer", name="hpet", present="yes" if hardware.hpet else "no")
-    if hardware.windows and kvm:
-        _add(clock, "timer", name="hypervclock", present="yes")
-
-
-def _extras(devices: etree._Element, hardware: Hardware) -> None:
-    """Add the devices that an image may ask for."""
-    for port in range(1, hardware.serial_ports):
-        serial = _add(devices, "serial", type="pty")
-        _add(serial, "target", port=str(port))
-    if hardware.guest_agent:
-        channel = _add(devices, "channel", type="unix")
-        _add(channel, "target", type="virtio", name="org.qemu.guest_agent.0")
-    if hardware.tablet:
-        _add(devices, "input", type="tablet", bus="usb")
-    if hardware.tpm_model is not None:
-        tpm = _add(devices, "tpm", model=hardware.tpm_model)
-        _add(tpm, "backend", type="emulator", version=hardware.tpm_version)
-    if hardware.video_model is not None:
-        _add(_add(devices, "video"), "model", type=hardware.video_model)
-    if hardware.watchdog is not WatchdogAction.DISABLED:
-        _add(devices, "watchdog", model="i6300esb", action=hardware.watchdog)
+        add(os, "cmdline", usual if spec.command_line is None else spec.command_line)
 
 
 def _attached(spec: DomainSpec) -> list[Disk]:
@@ -337,7 +275,7 @@ def _controllers(devices: etree._Element, spec: DomainSpec) -> None:
     if any(disk.bus == Bus.SCSI for disk in spec.disks):
         # libvirt's own choice is the LSI controller of 1995, which newer
         # guests have no driver for and which takes seven disks.
-        _add(devices, "controller", type="scsi", index="0", model=spec.hardware.scsi_model)
+        add(devices, "controller", type="scsi", index="0", model=spec.hardware.scsi_model)
 
 
 def _describe(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:
@@ -349,58 +287,58 @@ def _describe(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:
                 _line(present),
                 f"{disk.device_name} has a <{tag}>; leave out what the job fills in",
             )
-    _offer(element, "device", disk.device)
+    offer(element, "device", disk.device)
     if element.get("device") != disk.device:
         raise _wrong(_line(element), f"{disk.device_name} is a {disk.device} in this job")
-    driver = _child(element, "driver")
+    driver = child(element, "driver")
     driver.set("name", "qemu")
     driver.set("type", disk.format)
-    _offer(driver, "cache", spec.cache_modes[disk.type])
+    offer(driver, "cache", spec.cache_modes[disk.type])
     if disk.native_io and driver.get("cache") in _PAST_THE_PAGE_CACHE:
-        _offer(driver, "io", "native")
-    _offer(driver, "discard", spec.discard)
+        offer(driver, "io", "native")
+    offer(driver, "discard", spec.discard)
     _source(element, disk, spec)
     _backing_chain(element, disk)
-    target = _child(element, "target")
+    target = child(element, "target")
     target.set("dev", disk.device_name or "")
-    _offer(target, "bus", disk.bus or "")
+    offer(target, "bus", disk.bus or "")
     if target.get("bus") != disk.bus:
         raise _wrong(
             _line(target),
             f"{disk.device_name} is on bus {target.get('bus')!r}, the image asks for {disk.bus!r}",
         )
-    if spec.iotune and element.find("iotune") is None and not disk.role.of_rescue:
-        limits = _add(element, "iotune")
+    if spec.iotune and element.find("iotune") is None:
+        limits = add(element, "iotune")
         for name, value in spec.iotune.items():
-            _add(limits, name, str(value))
+            add(limits, name, str(value))
     if disk.serial is not None and element.find("serial") is None:
-        _add(element, "serial", disk.serial)
+        add(element, "serial", disk.serial)
     if disk.read_only and element.find("readonly") is None:
-        _add(element, "readonly")
+        add(element, "readonly")
     if disk.boot_index is not None and element.find("boot") is None:
-        _add(element, "boot", order=str(disk.boot_index))
+        add(element, "boot", order=str(disk.boot_index))
     if disk.bus == Bus.SCSI and element.find("address") is None:
         # All on one controller: from the name alone libvirt would put seven
         # on each and add controllers of its own choice.
         unit = [other for other in spec.disks if other.bus == Bus.SCSI].index(disk)
-        _add(element, "address", type="drive", controller="0", unit=str(unit))
+        add(element, "address", type="drive", controller="0", unit=str(unit))
 
 
 def _source(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:
     element.set("type", disk.type)
     match disk.type:
         case DiskType.FILE:
-            _add(element, "source", file=str(disk.path))
+            add(element, "source", file=str(disk.path))
         case DiskType.BLOCK:
-            _add(element, "source", dev=str(disk.path))
+            add(element, "source", dev=str(disk.path))
         case DiskType.NETWORK:
             if spec.rbd is None:
                 raise AssertionError("whoever plans network disks tells how they are reached")
-            source = _add(element, "source", protocol="rbd", name=str(disk.path))
+            source = add(element, "source", protocol="rbd", name=str(disk.path))
             for address, port in spec.rbd.monitors:
-                _add(source, "host", name=address, port=str(port))
-            auth = _add(source, "auth", username=spec.rbd.user)
-            _add(auth, "secret", type="ceph", uuid=spec.rbd.secret_uuid)
+                add(source, "host", name=address, port=str(port))
+            auth = add(source, "auth", username=spec.rbd.user)
+            add(auth, "secret", type="ceph", uuid=spec.rbd.secret_uuid)
         case _:
             assert_never(disk.type)
 
@@ -408,71 +346,37 @@ def _source(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:
 def _backing_chain(element: etree._Element, disk: Disk) -> None:
     """Write the whole chain; the empty element at its end says that it ends there."""
     for link in disk.backing_chain:
-        element = _add(element, "backingStore", type="file")
-        _add(element, "format", type=link.format)
-        _add(element, "source", file=str(link.path))
-    _add(element, "backingStore")
+        element = add(element, "backingStore", type="file")
+        add(element, "format", type=link.format)
+        add(element, "source", file=str(link.path))
+    add(element, "backingStore")
 
 
 def _interface(devices: etree._Element, network: Network, spec: DomainSpec) -> None:
     kind = "network" if network.network is not None else "bridge"
-    interface = _add(devices, "interface", type=kind)
+    interface = add(devices, "interface", type=kind)
     if network.mac is not None:
-        _add(interface, "mac", address=network.mac)
+        add(interface, "mac", address=network.mac)
     if network.network is not None:
-        _add(interface, "source", network=network.network)
+        add(interface, "source", network=network.network)
     else:
-        _add(interface, "source", bridge=network.bridge)
-    _add(interface, "model", type=spec.hardware.nic_model)
-    if spec.hardware.nic_multiqueue and spec.vcpus > 1:
+        add(interface, "source", bridge=network.bridge)
+    add(interface, "model", type=spec.hardware.nic_model)
+    if (
+        spec.hardware.nic_multiqueue
+        and spec.hardware.nic_model is NicModel.VIRTIO
+        and spec.vcpus > 1
+    ):
         # As many as processors, up to what a tap device has.
-        _add(interface, "driver", name="vhost", queues=str(min(spec.vcpus, _MOST_QUEUES)))
+        add(interface, "driver", queues=str(min(spec.vcpus, _MOST_QUEUES)))
 
 
 def _console(devices: etree._Element, spec: DomainSpec) -> None:
     for tag, target in (("serial", {"port": "0"}), ("console", {"type": "serial", "port": "0"})):
-        element = _add(devices, tag, type="file")
+        element = add(devices, tag, type="file")
         # Kept over a restart of the guest: the last words before it are what one looks for.
-        _add(element, "source", path=str(spec.console_log), append="on")
-        _add(element, "target", **target)
-
-
-def _child(parent: etree._Element, tag: str) -> etree._Element:
-    found = parent.find(tag)
-    return _add(parent, tag) if found is None else found
-
-
-def _set(parent: etree._Element, tag: str, text: str) -> None:
-    _write(_child(parent, tag), text)
-
-
-def _offer(element: etree._Element, attribute: str, value: str) -> None:
-    if attribute not in element.attrib:
-        element.set(attribute, value)
-
-
-def _add(
-    parent: etree._Element, tag: str, text: str | None = None, /, **attributes: str | None
-) -> etree._Element:
-    """Append an element; an attribute that is None is left out."""
-    element = etree.SubElement(parent, tag)
-    for name, value in attributes.items():
-        if value is not None:
-            element.set(name, value)
-    if text is not None:
-        _write(element, text)
-    return element
-
-
-def _write(element: etree._Element, text: str) -> None:
-    try:
-        element.text = text
-    except ValueError as e:
-        tag = etree.QName(element).localname
-        raise InvalidJob(
-            f"the domain's <{tag}> cannot be {text!r:.80}: XML has no control characters",
-            "image.os_command_line of the job or os_command_line of the image is the usual place",
-        ) from e
+        add(element, "source", path=str(spec.console_log), append="on")
+        add(element, "target", **target)
 
 
 def _text(domain: etree._Element) -> str:

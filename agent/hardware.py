@@ -7,11 +7,12 @@ value. Pure: no XML, no libvirt.
 
 import enum
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final, Self, TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final, Self
 
 from agent.errors import ImageUnacceptable
+from agent.properties import choice, count, flag, refused, require_possible
 
 
 class Bus(enum.StrEnum):
@@ -77,7 +78,22 @@ class VideoModel(enum.StrEnum):
     BOCHS = "bochs"
     CIRRUS = "cirrus"
     QXL = "qxl"
+    VMWARE = "vmvga"
     NONE = "none"
+
+
+class PointerModel(enum.StrEnum):
+    """The values of `hw_pointer_model`; a mouse is part of every machine."""
+
+    TABLET = "usbtablet"
+    MOUSE = "ps2mouse"
+
+
+class InputBus(enum.StrEnum):
+    """The values of `hw_input_bus`."""
+
+    USB = "usb"
+    VIRTIO = "virtio"
 
 
 class TpmModel(enum.StrEnum):
@@ -106,44 +122,43 @@ class WatchdogAction(enum.StrEnum):
 
 _MACHINE_TYPE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-_KNOWN: Final = frozenset(
-    {
-        "hw_disk_bus", "hw_cdrom_bus", "hw_machine_type", "hw_firmware_type",
-        "hw_firmware_stateless", "hw_scsi_model", "hw_vif_model", "hw_vif_multiqueue_enabled",
-        "hw_video_model", "hw_pointer_model", "hw_tpm_model", "hw_tpm_version",
-        "hw_watchdog_action", "hw_qemu_guest_agent", "hw_boot_menu", "hw_serial_port_count",
-        "hw_time_hpet", "hw_pmu", "hw_cpu_sockets", "hw_cpu_cores", "hw_cpu_threads",
-        # Every domain has such a device.
-        "hw_rng_model",
-        # Of the image of a rescue, see `agent.devices`.
-        "hw_rescue_bus", "hw_rescue_device",
-    }
-)  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Topology:
-    """Of the virtual processors, as far as the image says."""
+    """Of the virtual processors: what the image would like, and what it can bear at most.
 
-    sockets: int | None = None
-    cores: int | None = None
-    threads: int | None = None
+    Each is sockets, cores, threads; None is for any number.
+    """
 
-    def complete(self, vcpus: int) -> tuple[int, int, int]:
-        """Return sockets, cores and threads for so many processors.
+    preferred: tuple[int | None, int | None, int | None]
+    most: tuple[int | None, int | None, int | None]
+
+    def fit(self, vcpus: int) -> tuple[int, int, int]:
+        """Return sockets, cores and threads for so many processors, chosen as Nova does it.
+
+        What is preferred is met as far as it goes; then rather sockets than cores than threads.
 
         Raises:
-            ImageUnacceptable: they do not multiply to that.
+            ImageUnacceptable: the image cannot bear that many.
         """
-        cores, threads = self.cores or 1, self.threads or 1
-        sockets = self.sockets or max(1, vcpus // (cores * threads))
-        if sockets * cores * threads != vcpus:
+
+        def value(found: tuple[int, int, int]) -> tuple[int, int, int, int]:
+            sockets, cores, threads = found
+            met = sum(has == likes for has, likes in zip(found, self.preferred, strict=True))
+            return met, sockets * cores, sockets, threads
+
+        possible = [
+            found
+            for found in _factors(vcpus)
+            if all(most is None or has <= most for has, most in zip(found, self.most, strict=True))
+        ]
+        if not possible:
             raise ImageUnacceptable(
-                f"the image asks for {sockets} sockets of {cores} cores of {threads} threads "
-                f"(hw_cpu_*), which are not the flavor's {vcpus} processors",
-                "use a flavor with as many processors, or correct the properties of the image",
+                f"the image's hw_cpu_max_sockets, hw_cpu_max_cores and hw_cpu_max_threads leave no "
+                f"room for the flavor's {vcpus} processors",
+                "use a flavor with fewer processors, or correct the properties of the image",
             )
-        return sockets, cores, threads
+        return max(possible, key=value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +177,9 @@ class Hardware:
     nic_multiqueue: bool = False
     video_model: VideoModel | None = None
     """None: no video card."""
-    tablet: bool = False
+    video_ram_mib: int | None = None
+    input_bus: InputBus | None = None
+    """Of a tablet and a keyboard; None for what the machine has."""
     tpm_model: TpmModel | None = None
     tpm_version: TpmVersion = TpmVersion.V2_0
     watchdog: WatchdogAction = WatchdogAction.DISABLED
@@ -174,6 +191,8 @@ class Hardware:
     """None: as the hypervisor does it."""
     hidden_hypervisor: bool = False
     windows: bool = False
+    huge_pages_kib: int | None = None
+    """The size of the host's pages below its memory; 0 for the host's usual huge pages."""
     topology: Topology | None = None
 
     @classmethod
@@ -183,6 +202,7 @@ class Hardware:
         Raises:
             ImageUnacceptable: a property has a value that we cannot provide.
         """
+        require_possible(properties)
         disk_bus = choice(properties, "hw_disk_bus", Bus) or Bus.VIRTIO
         cdrom_bus = choice(properties, "hw_cdrom_bus", Bus)
         if cdrom_bus is Bus.VIRTIO:
@@ -193,33 +213,54 @@ class Hardware:
             machine=machine,
             firmware=firmware,
             secure_boot=_secure_boot(properties, machine, firmware),
-            firmware_stateless=_flag(properties, "hw_firmware_stateless"),
+            firmware_stateless=flag(properties, "hw_firmware_stateless"),
             disk_bus=disk_bus,
             cdrom_bus=cdrom_bus,
             scsi_model=choice(properties, "hw_scsi_model", ScsiModel) or ScsiModel.VIRTIO,
             nic_model=choice(properties, "hw_vif_model", NicModel) or NicModel.VIRTIO,
-            nic_multiqueue=_flag(properties, "hw_vif_multiqueue_enabled"),
+            nic_multiqueue=flag(properties, "hw_vif_multiqueue_enabled"),
             video_model=choice(properties, "hw_video_model", VideoModel),
-            tablet=properties.get("hw_pointer_model") == "usbtablet",
+            video_ram_mib=count(properties, "hw_video_ram", most=1024),
+            input_bus=_input_bus(properties),
             tpm_model=choice(properties, "hw_tpm_model", TpmModel)
             or (TpmModel.CRB if properties.get("hw_tpm_version") else None),
             tpm_version=choice(properties, "hw_tpm_version", TpmVersion) or TpmVersion.V2_0,
             watchdog=choice(properties, "hw_watchdog_action", WatchdogAction)
             or WatchdogAction.DISABLED,
-            guest_agent=_flag(properties, "hw_qemu_guest_agent"),
-            boot_menu=_flag(properties, "hw_boot_menu"),
-            serial_ports=_count(properties, "hw_serial_port_count", most=4) or 1,
-            hpet=_flag(properties, "hw_time_hpet"),
-            pmu=_flag(properties, "hw_pmu") if properties.get("hw_pmu") else None,
-            hidden_hypervisor=_flag(properties, "img_hide_hypervisor_id"),
+            guest_agent=flag(properties, "hw_qemu_guest_agent"),
+            boot_menu=flag(properties, "hw_boot_menu"),
+            serial_ports=count(properties, "hw_serial_port_count", most=4) or 1,
+            hpet=flag(properties, "hw_time_hpet"),
+            pmu=flag(properties, "hw_pmu") if properties.get("hw_pmu") else None,
+            hidden_hypervisor=flag(properties, "img_hide_hypervisor_id"),
             windows=properties.get("os_type", "").lower() == "windows",
+            huge_pages_kib=_huge_pages(properties),
             topology=_topology(properties),
         )
 
+    @property
+    def asks_host(self) -> bool:
+        """Whether it depends on what the host has; see `on`."""
+        return self.secure_boot is not SecureBoot.DISABLED or self.tpm_model is not None
 
-def unknown(properties: Mapping[str, str]) -> list[str]:
-    """Return the `hw_*` properties that nothing here reads: the guest does without them."""
-    return sorted(name for name in properties if name.startswith("hw_") and name not in _KNOWN)
+    def on(self, *, secure_boot: bool, tpm: bool) -> Self:
+        """Return what becomes of it on a host with or without such firmware and an emulated TPM.
+
+        Raises:
+            ImageUnacceptable: it needs what the host does not have.
+        """
+        if self.tpm_model is not None and not tpm:
+            raise refused("hw_tpm_model", self.tpm_model, "this host emulates none (install swtpm)")
+        if self.secure_boot is SecureBoot.REQUIRED and not secure_boot:
+            raise refused(
+                "os_secure_boot",
+                self.secure_boot,
+                f"this host has no such firmware for machine {self.machine} (install ovmf)",
+            )
+        if self.secure_boot is not SecureBoot.OPTIONAL:
+            return self
+        chosen = SecureBoot.REQUIRED if secure_boot else SecureBoot.DISABLED
+        return replace(self, secure_boot=chosen)
 
 
 def _machine(properties: Mapping[str, str], *, wants_ide: bool) -> str:
@@ -245,53 +286,46 @@ def _secure_boot(properties: Mapping[str, str], machine: str, firmware: Firmware
     return wanted if possible else SecureBoot.DISABLED
 
 
+def _input_bus(properties: Mapping[str, str]) -> InputBus | None:
+    bus = choice(properties, "hw_input_bus", InputBus)
+    tablet = choice(properties, "hw_pointer_model", PointerModel) is PointerModel.TABLET
+    return bus or (InputBus.USB if tablet else None)
+
+
+_PAGE_UNITS: Final = {"": 1, "kb": 1, "mb": 1 << 10, "gb": 1 << 20}
+
+
+def _huge_pages(properties: Mapping[str, str]) -> int | None:
+    """Read `hw_mem_page_size`: small, any, large, or a number of KiB, MB or GB."""
+    text = properties.get("hw_mem_page_size", "").lower()
+    if text in ("", "small", "any"):
+        return None
+    if text == "large":
+        return 0
+    size = re.fullmatch(r"([0-9]{1,9})\s*(kb|mb|gb|)", text)
+    if size is None or (kib := int(size[1]) * _PAGE_UNITS[size[2]]) < 4:
+        raise refused(
+            "hw_mem_page_size", text, "known are small, any, large and sizes such as 2048 or 1GB"
+        )
+    return None if kib == 4 else kib
+
+
 def _topology(properties: Mapping[str, str]) -> Topology | None:
-    counts = {
-        name: _count(properties, f"hw_cpu_{name}", most=4096)
-        for name in ("sockets", "cores", "threads")
-    }
-    return Topology(**counts) if any(counts.values()) else None
+    def read(prefix: str) -> tuple[int | None, int | None, int | None]:
+        sockets, cores, threads = (
+            count(properties, prefix + name, most=65536) for name in ("sockets", "cores", "threads")
+        )
+        return sockets, cores, threads
+
+    topology = Topology(preferred=read("hw_cpu_"), most=read("hw_cpu_max_"))
+    return topology if any((*topology.preferred, *topology.most)) else None
 
 
-Choice = TypeVar("Choice", bound=enum.StrEnum)
-
-
-def choice(properties: Mapping[str, str], key: str, values: type[Choice]) -> Choice | None:
-    """Return the value of a property; None if it is not set.
-
-    Raises:
-        ImageUnacceptable: it is none of `values`.
-    """
-    text = properties.get(key)
-    if not text:
-        return None
-    try:
-        return values(text.lower())
-    except ValueError:
-        raise refused(key, text, f"known are {', '.join(values)}") from None
-
-
-def refused(key: str, value: str, reason: str) -> ImageUnacceptable:
-    """Return the error for a property that cannot be honoured."""
-    return ImageUnacceptable(
-        f"the image property {key} is {value!r:.80}: {reason}",
-        f"set {key} to a value this host can provide, or remove it from the image",
-    )
-
-
-def _flag(properties: Mapping[str, str], key: str) -> bool:
-    text = properties.get(key, "").lower()
-    if text in ("", "0", "f", "false", "off", "n", "no"):
-        return False
-    if text in ("1", "t", "true", "on", "y", "yes"):
-        return True
-    raise refused(key, text, "it is either true or false")
-
-
-def _count(properties: Mapping[str, str], key: str, *, most: int) -> int | None:
-    text = properties.get(key)
-    if not text:
-        return None
-    if not text.isdecimal() or not 1 <= int(text) <= most:
-        raise refused(key, text, f"it is a number from 1 to {most}")
-    return int(text)
+def _factors(vcpus: int) -> Iterator[tuple[int, int, int]]:
+    """Every three numbers that multiply to that."""
+    for sockets in range(1, vcpus + 1):
+        if vcpus % sockets == 0:
+            rest = vcpus // sockets
+            yield from (
+                (sockets, cores, rest // cores) for cores in range(1, rest + 1) if rest % cores == 0
+            )

@@ -58,6 +58,14 @@ class DomainState:
     """libvirt's word: running, paused, shut off, crashed …"""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostOffers:
+    secure_boot: bool
+    """There is firmware that runs signed code alone."""
+    tpm: bool
+    """A TPM can be emulated."""
+
+
 class Hypervisor:
     """One libvirt; may be shared by any number of threads.
 
@@ -104,16 +112,22 @@ class Hypervisor:
             lambda connection: connection.getDomainCapabilities(None, None, None, self._virt_type),
         )
 
-    def offers_secure_boot(self, machine: str) -> bool:
-        """Whether there is a firmware for it, as far as libvirt knows."""
+    def offers(self, machine: str) -> HostOffers:
+        """What this host has for guests of that machine type, as far as libvirt knows."""
         xml = self._work(
-            f"asking for the firmware of machine {machine} at",
+            f"asking what there is for machine {machine} at",
             lambda connection: connection.getDomainCapabilities(
                 None, None, machine, self._virt_type
             ),
         )
-        values = ET.fromstring(xml).iterfind("os/loader/enum[@name='secure']/value")  # noqa: S314
-        return any(value.text == "yes" for value in values)
+        found = ET.fromstring(xml)  # noqa: S314 - libvirt's own
+        secure = found.iterfind("os/loader/enum[@name='secure']/value")
+        tpm = found.iterfind("devices/tpm/enum[@name='backendModel']/value")
+        return HostOffers(
+            secure_boot="yes" in {value.text for value in secure},
+            # libvirt says so if it finds swtpm.
+            tpm="emulator" in {value.text for value in tpm},
+        )
 
     def domains(self) -> list[DomainState]:
         """Every domain, of whomever, defined or running."""

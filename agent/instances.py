@@ -75,6 +75,8 @@ class InstanceRecord:
     """The backend that made its root disk, whatever the host's default is by now."""
     metadata: dict[str, str] = field(default_factory=dict)
     disks: tuple[Disk, ...] = ()
+    iotune: dict[str, int] = field(default_factory=dict)
+    """What each disk may do, by libvirt's name."""
     rescue: Rescue | None = None
     rebuild: Rebuild | None = None
 

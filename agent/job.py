@@ -200,17 +200,20 @@ class Flavor(_Schema):
     """Further disks, empty but for a file system."""
     swap: int = Field(default=0, ge=0, le=1 << 30, description="MiB")
     """A disk to swap on; 0 for none."""
-    extra_specs: Annotated[dict[str, Annotated[int, Field(ge=0)]], AfterValidator(_extra_specs)] = (
-        Field(default_factory=dict)
-    )
+    extra_specs: (
+        Annotated[dict[str, Annotated[int, Field(ge=0)]], AfterValidator(_extra_specs)] | None
+    ) = None
     """What each disk may do: `quota:disk_read_bytes_sec`, `quota:disk_write_iops_sec` and so on,
-    `read`, `write` or `total` of `bytes` or `iops`; 0 for no limit."""
+    `read`, `write` or `total` of `bytes` or `iops`; 0 for no limit. A resize leaves it as it is if
+    absent, and takes all limits off if empty."""
 
     @property
     def iotune(self) -> dict[str, int]:
         """The limits on each disk, by libvirt's name."""
         return {
-            name.removeprefix(_QUOTA): limit for name, limit in self.extra_specs.items() if limit
+            name.removeprefix(_QUOTA): limit
+            for name, limit in (self.extra_specs or {}).items()
+            if limit
         }
 
 

@@ -199,6 +199,8 @@ def _hint(error: libvirt.libvirtError, said: str) -> str:
         if "Permission denied" in said:
             return "the agent's user must be in group libvirt"
         return "is libvirtd running? see 'systemctl status libvirtd'"
+    if "Unable to find any firmware" in said:
+        return "no file of /usr/share/qemu/firmware describes such a one for this type of machine"
     if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
         return "somebody undefined it; see 'virsh list --all'"
     return "libvirt's own reasons are in 'journalctl -u libvirtd' and /var/log/libvirt/qemu"

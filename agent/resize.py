@@ -40,11 +40,18 @@ def resize(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
         if disk != record.root:
             others = (disk if each.role is disk.role else each for each in record.disks)
             record = change.save(replace(record, disks=tuple(others)))
+        limited = record.iotune
+        if request.flavor.extra_specs is not None:
+            record = replace(record, iotune=request.flavor.iotune)
         if state is not None:
             size = Size(vcpus=request.flavor.vcpus, ram_mib=request.flavor.ram)
             xml = host.hypervisor.xml(change.uuid)
-            host.hypervisor.define(domain_changes.changed(host, record, xml, size=size))
+            xml = domain_changes.changed(host, record, xml, size=size, limited=limited)
+            host.hypervisor.define(xml)
             change.note_domain()
+        # Last, for until then it is what says which limits in the domain are ours.
+        if record.iotune != limited:
+            change.save(record)
     later = "; processors and memory change at its next start" if is_running(state) else ""
     recorder.finish(Status.DONE, f"the root disk has {disk.virtual_size} bytes{later}")
 

@@ -156,6 +156,8 @@ def _kind(schema: Mapping[str, Any]) -> str:
         case {"type": "array", "items": items, **rest}:
             most = f"at most {rest['maxItems']}, " if "maxItems" in rest else ""
             text = f"list, {most}each a {_kind(items)}"
+        case {"type": "object", "additionalProperties": {"type": "integer"}}:
+            text = "mapping of text to whole number"
         case {"type": "object"}:
             text = "mapping of text to text"
         case {"type": "string", "pattern": str(pattern)}:

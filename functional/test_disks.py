@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from agent.client import Client
+from agent.report import Status
 from functional.conftest import Images, MakeAgent, boot_files
 from functional.harness.agent import Agent
 from functional.harness.console import Seen, wait_ready
@@ -137,6 +139,10 @@ def test_a_missing_base_is_fetched_again_under_the_overlay_that_stands_on_it(
     assert (seen.content_sha256, seen.bootcount) == (guest.content_sha256, 2)
 
 
+def spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
 def blkid(path: str) -> dict[str, str]:
     done = subprocess.run(
         ["blkid", "-p", "-o", "export", path], capture_output=True, text=True, check=False
@@ -166,6 +172,7 @@ def test_a_guest_boots_on_the_hardware_its_image_asks_for(
     root = disks["root"]
     assert seen.content_sha256 == guest.content_sha256
     assert set(seen.disks.values()) == {2 * GIB}
+    assert {serial[12:] for serial in seen.serials.values()} == {"-root"}
     assert root["device_name"] == {"scsi": "sda", "ide": "hda"}.get(
         properties.get("hw_disk_bus", ""), "vda"
     )
@@ -197,7 +204,19 @@ def test_limits_of_the_flavor_are_on_the_disk_of_the_running_guest(
     document = job(images.root)
     document["flavor"]["extra_specs"] = {"quota:disk_write_iops_sec": 123}
     agent.boot(document)
-    assert "write_iops_sec : 123" in libvirtd.virsh("blkdeviotune", "web-1", "vda")
+    tune = ("blkdeviotune", "web-1", "vda")
+    assert "write_iops_sec : 123" in spaced(libvirtd.virsh(*tune))
+    for specs, limit in (
+        (None, 123),
+        ({"quota:disk_write_iops_sec": 7}, 7),
+        (None, 7),
+        ({}, 0),
+    ):
+        document["flavor"]["extra_specs"] = specs
+        resize = {"action": "resize", "instance": {"name": "web-1"}, "flavor": document["flavor"]}
+        with Client(agent.socket) as client:
+            assert client.wait(client.submit(resize).id, 60).status is Status.DONE
+        assert f"write_iops_sec : {limit}" in spaced(libvirtd.virsh(*tune, "--config"))
     document["flavor"]["extra_specs"] = {"quota:disk_write_iops_sek": 123}
     refused = agent.run("boot", "-f", "-", stdin=json.dumps(document))
     assert refused.returncode == 2

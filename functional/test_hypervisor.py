@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pwd
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lxml import etree
 
 from agent import qcow2
 from agent.devices import assign_devices
@@ -22,6 +24,7 @@ from agent.hardware import Hardware
 from agent.hypervisor import Hypervisor
 from agent.job import ImagesType
 from agent.report import Role
+from functional.harness.guest import Guest
 from functional.harness.libvirtd import PrivateLibvirtd
 
 MIB = 1 << 20
@@ -107,6 +110,13 @@ def new_spec(root: Path, properties: dict[str, str] | None = None) -> DomainSpec
     )
 
 
+MORE = Disk(
+    role=Role.EPHEMERAL,
+    backend=ImagesType.RAW,
+    path=Path("/"),
+    format="raw",
+    virtual_size=MIB,
+)
 GOLDEN = Path(__file__).parents[1] / "tests/golden"
 GOLDEN_UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
 
@@ -151,12 +161,57 @@ def test_libvirt_defines_every_golden_domain(hypervisor: Hypervisor, golden: Pat
         hypervisor.undefine(domain_uuid)
 
 
-def test_secure_boot_is_offered_and_starts(hypervisor: Hypervisor, root: Path) -> None:
-    assert hypervisor.offers_secure_boot("q35")
-    spec = new_spec(root, {"hw_firmware_type": "uefi", "os_secure_boot": "required"})
-    hypervisor.define(build(spec))
+@pytest.mark.parametrize(
+    ("secure_boot", "said"), [("required", "Access Denied"), ("disabled", "BdsDxe: starting")]
+)
+def test_firmware_with_secure_boot_runs_no_loader_that_is_not_signed(
+    hypervisor: Hypervisor, root: Path, guest: Guest, secure_boot: str, said: str
+) -> None:
+    offers = hypervisor.offers("q35")
+    assert offers.secure_boot
+    assert offers.tpm
+    wants = {"hw_firmware_type": "uefi", "os_secure_boot": secure_boot}
+    if secure_boot == "required":  # and not always: measuring the kernel takes 10 s emulated
+        wants["hw_tpm_version"] = "2.0"
+    spec = new_spec(root, wants)
+    # A kernel is a loader as well. Debian has signed this one, but no key of the firmware has.
+    esp = spec.console_log.with_name("esp")
+    esp.touch(mode=0o640)
+    os.truncate(esp, 32 * MIB)
+    subprocess.run(["/usr/sbin/mkfs.vfat", esp], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["mmd", "-i", esp, "::/EFI", "::/EFI/BOOT"], check=True)
+    loader = "::/EFI/BOOT/BOOTX64.EFI"
+    subprocess.run(["mcopy", "-i", esp, guest.kernel, loader], check=True)
+    disk = dataclasses.replace(
+        spec.disks[0], path=esp, format="raw", virtual_size=32 * MIB, backing_chain=()
+    )
+    hypervisor.define(build(dataclasses.replace(spec, disks=(disk,))))
     hypervisor.start(spec.uuid)
-    assert "secure='yes'" in hypervisor.xml(spec.uuid, live=True)
+    running = hypervisor.xml(spec.uuid, live=True)
+    assert ("secure='yes'" in running) is (secure_boot == "required")
+    assert ("<tpm model='tpm-crb'>" in running) is (secure_boot == "required")
+    deadline = time.monotonic() + 90
+    while said not in (console := spec.console_log.read_text(errors="replace")):
+        assert time.monotonic() < deadline, console
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("bus", ["virtio", "scsi", "sata"])
+def test_more_disks_than_the_alphabet_has_letters_run(
+    hypervisor: Hypervisor, root: Path, bus: str
+) -> None:
+    spec = new_spec(root, {"hw_disk_bus": bus})
+    ephemerals = []
+    for number in range(30):
+        path = spec.console_log.with_name(f"disk.more{number}")
+        path.touch(mode=0o640)
+        os.truncate(path, MIB)
+        ephemerals.append(dataclasses.replace(MORE, path=path))
+    disks = assign_devices((*spec.disks, *ephemerals), spec.hardware, spec.uuid)
+    hypervisor.define(build(dataclasses.replace(spec, disks=disks)))
+    hypervisor.start(spec.uuid)
+    targets = etree.fromstring(hypervisor.xml(spec.uuid, live=True)).findall("devices/disk/target")
+    assert [target.get("dev") for target in targets] == [disk.device_name for disk in disks]
 
 
 def test_uefi_guest_is_undefined_with_its_nvram(

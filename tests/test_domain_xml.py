@@ -16,7 +16,7 @@ from lxml import etree
 from agent.devices import assign_devices
 from agent.disk import Disk, DiskType, Link, RbdAccess
 from agent.domain_xml import NAMESPACE, DomainSpec, build, fill_template
-from agent.errors import ImageUnacceptable, InvalidJob
+from agent.errors import InvalidJob
 from agent.hardware import Hardware
 from agent.job import ImagesType, Network
 from agent.report import Role
@@ -227,7 +227,10 @@ DOMAINS = {
                     "hw_pmu": "false",
                     "hw_firmware_type": "uefi",
                     "hw_firmware_stateless": "true",
-                    "hw_video_model": "virtio",
+                    "hw_video_model": "qxl",
+                    "hw_video_ram": "64",
+                    "hw_input_bus": "virtio",
+                    "hw_mem_page_size": "2MB",
                 }
             ),
             networks=NETWORKS,
@@ -360,16 +363,31 @@ def test_template_has_network_cards_or_the_job_has() -> None:
         fill_template(template, spec)
 
 
-def test_limits_are_on_every_disk_but_those_of_a_rescue() -> None:
+def test_limits_are_on_every_disk_that_has_none_of_its_own() -> None:
     rescue = dataclasses.replace(EPHEMERAL, role=Role.RESCUE, path=DIRECTORY / "disk.rescue")
     spec = dataclasses.replace(domain_spec(OVERLAY, SWAP, rescue), iotune={"read_iops_sec": 7})
-    limited = find(build(spec), "//disk[iotune/read_iops_sec='7']/target")
-    assert [target.get("dev") for target in limited] == ["vda", "vdb"]
+    assert len(find(build(spec), "//disk/iotune[read_iops_sec='7']")) == 3
+    filled = find(fill_template(TEMPLATE, spec), "//disk[iotune/total_iops_sec]")
+    assert [len(disk.findall("iotune/*")) for disk in filled] == [1]
 
 
-def test_processors_that_do_not_multiply_are_refused() -> None:
-    with pytest.raises(ImageUnacceptable, match="not the flavor's 2 processors"):
-        build(domain_spec(properties={"hw_cpu_cores": "3"}))
+def test_template_without_a_machine_gets_the_firmware_that_goes_with_it() -> None:
+    spec = domain_spec(properties={"hw_firmware_type": "uefi"})
+    filled = fill_template("<domain/>", spec)
+    assert find(filled, "/domain/os[@firmware='efi']/firmware/feature[@name='secure-boot']")
+    own = fill_template("<domain><os><type machine='pc'>hvm</type></os></domain>", spec)
+    assert not find(own, "/domain/os[@firmware]")
+
+
+def test_several_queues_are_for_cards_that_have_them() -> None:
+    wanted = {"hw_vif_multiqueue_enabled": "true"}
+    spec = dataclasses.replace(domain_spec(properties=wanted), networks=NETWORKS)
+    assert len(find(build(spec), "//interface/driver[@queues='2']")) == 2
+    for other in (
+        dataclasses.replace(spec, vcpus=1),
+        dataclasses.replace(spec, hardware=Hardware.wanted_by({**wanted, "hw_vif_model": "e1000"})),
+    ):
+        assert not find(build(other), "//interface/driver")
 
 
 DISK = "<domain>\n<devices>\n<disk>\n{}\n</disk></devices></domain>"

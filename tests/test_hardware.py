@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from agent.devices import assign_devices, assign_macs
 from agent.disk import Disk
 from agent.errors import ImageUnacceptable
-from agent.hardware import Bus, Firmware, Hardware, NicModel, SecureBoot, unknown
+from agent.hardware import Bus, Firmware, Hardware, InputBus, NicModel, SecureBoot, Topology
 from agent.job import ImagesType, Network
+from agent.properties import unknown
 from agent.report import Role
 
 UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
@@ -66,6 +67,15 @@ def test_properties_are_read_without_regard_to_case() -> None:
         {"hw_video_model": "gop"},
         {"hw_watchdog_action": "explode"},
         {"hw_scsi_model": "buslogic"},
+        {"hw_architecture": "aarch64"},
+        {"hw_vm_mode": "xen"},
+        {"hw_mem_encryption": "True"},
+        {"hw_rng_model": "egd"},
+        {"hw_pointer_model": "joystick"},
+        {"hw_input_bus": "ps2"},
+        {"hw_mem_page_size": "2"},
+        {"hw_mem_page_size": "huge"},
+        {"hw_video_ram": "lots"},
     ],
 )
 def test_wish_that_cannot_be_met_is_refused_by_its_name(properties: dict[str, str]) -> None:
@@ -179,3 +189,63 @@ def test_every_disk_has_a_serial_of_its_own() -> None:
     ]
     # What virtio has for it.
     assert all(len(serial or "") <= 20 for serial in serials)
+
+
+def topology(vcpus: int, **properties: str) -> tuple[int, int, int]:
+    found = Hardware.wanted_by(properties).topology
+    assert found is not None
+    return found.fit(vcpus)
+
+
+def test_processors_are_arranged_as_nova_does_it() -> None:
+    assert topology(4, hw_cpu_sockets="1") == (1, 4, 1)
+    assert topology(4, hw_cpu_cores="2") == (2, 2, 1)
+    assert topology(8, hw_cpu_sockets="2", hw_cpu_cores="2", hw_cpu_threads="2") == (2, 2, 2)
+    # A wish that does not divide is met as far as it goes, a limit is kept.
+    assert topology(2, hw_cpu_cores="4") == (2, 1, 1)
+    assert topology(8, hw_cpu_max_sockets="2") == (2, 4, 1)
+    assert topology(8, hw_cpu_max_sockets="2", hw_cpu_max_cores="2") == (2, 2, 2)
+    with pytest.raises(ImageUnacceptable, match="leave no room for the flavor's 8 processors"):
+        topology(8, hw_cpu_max_sockets="2", hw_cpu_max_cores="2", hw_cpu_max_threads="1")
+
+
+@given(st.integers(1, 512), st.tuples(*[st.none() | st.integers(1, 16)] * 3))
+def test_processors_always_multiply_to_the_flavors(
+    vcpus: int, preferred: tuple[int | None, int | None, int | None]
+) -> None:
+    sockets, cores, threads = Topology(preferred=preferred, most=(None, None, None)).fit(vcpus)
+    assert sockets * cores * threads == vcpus
+
+
+@pytest.mark.parametrize(
+    ("text", "kib"),
+    [("small", None), ("any", None), ("4", None), ("large", 0), ("2048", 2048), ("1GB", 1 << 20)],
+)
+def test_size_of_pages_is_read_as_nova_reads_it(text: str, kib: int | None) -> None:
+    assert Hardware.wanted_by({"hw_mem_page_size": text}).huge_pages_kib == kib
+
+
+def test_tablet_and_keyboard_are_on_the_bus_the_image_names() -> None:
+    assert Hardware.wanted_by({"hw_pointer_model": "usbtablet"}).input_bus is InputBus.USB
+    assert Hardware.wanted_by({"hw_pointer_model": "ps2mouse"}).input_bus is None
+    both = {"hw_pointer_model": "usbtablet", "hw_input_bus": "virtio"}
+    assert Hardware.wanted_by(both).input_bus is InputBus.VIRTIO
+
+
+def test_what_the_host_lacks_is_refused_unless_it_is_optional() -> None:
+    uefi = {"hw_firmware_type": "uefi"}
+    required = Hardware.wanted_by({**uefi, "os_secure_boot": "required"})
+    optional = Hardware.wanted_by({**uefi, "os_secure_boot": "optional"})
+    tpm = Hardware.wanted_by({"hw_tpm_version": "2.0"})
+    assert required.asks_host
+    assert optional.asks_host
+    assert tpm.asks_host
+    assert not Hardware.wanted_by(uefi).asks_host
+    assert required.on(secure_boot=True, tpm=False) == required
+    assert optional.on(secure_boot=True, tpm=False) == required
+    assert optional.on(secure_boot=False, tpm=False) == Hardware.wanted_by(uefi)
+    assert tpm.on(secure_boot=False, tpm=True) == tpm
+    with pytest.raises(ImageUnacceptable, match=r"os_secure_boot .*install ovmf"):
+        required.on(secure_boot=False, tpm=True)
+    with pytest.raises(ImageUnacceptable, match=r"hw_tpm_model .*install swtpm"):
+        tpm.on(secure_boot=True, tpm=False)

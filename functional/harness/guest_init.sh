@@ -24,7 +24,9 @@ say "root device=${device#/dev/} bytes=$(blockdev --getsize64 "$device")"
 for disk in /sys/block/vd* /sys/block/sd*; do
     [ -e "$disk" ] || continue
     name=${disk##*/}
-    say "disk $name bytes=$(blockdev --getsize64 "/dev/$name") serial=$(cat "$disk/serial" 2> /dev/null)"
+    # virtio has a file for it; a SCSI disk a page of vital product data, after four bytes.
+    serial=$(cat "$disk/serial" 2> /dev/null || tail -c +5 "$disk/device/vpd_pg80" 2> /dev/null)
+    say "disk $name bytes=$(blockdev --getsize64 "/dev/$name") serial=$serial"
 done
 
 # Survives in whatever the host gave us to write on: an overlay, a copy, a volume.
