@@ -8,9 +8,10 @@ import errno
 import os
 import random
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,16 +87,20 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
     rows: list[Row] = []
     yield rows
     if WHOLE:
-        reporter: Any = request.config.pluginmanager.get_plugin("terminalreporter")
-        head = f"{'scenario':<22}{'trouble':<10}{'steps':>7}{'rounds':>8}{'hits':>7}"
-        reporter.write_line("")
-        reporter.write_line(f"{head}{'failures':>10}{'seconds':>9}")
-        for row in rows:
-            steps = "" if row.steps is None else row.steps
-            reporter.write_line(
-                f"{row.scenario:<22}{row.trouble:<10}{steps:>7}{row.rounds:>8}{row.hits:>7}"
-                f"{len(row.problems):>10}{row.seconds:>9.0f}"
-            )
+        capture: Any = request.config.pluginmanager.get_plugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            sys.stdout.write(f"\n{as_table(rows)}\n")
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    lines: list[tuple[str, ...]] = [
+        ("scenario", "trouble", "steps", "rounds", "hits", "failures", "seconds")
+    ]
+    for row in rows:
+        steps = "" if row.steps is None else str(row.steps)
+        counts = (row.rounds, row.hits, len(row.problems), round(row.seconds))
+        lines.append((row.scenario, row.trouble, steps, *map(str, counts)))
+    return "\n".join("{:<22}{:<9}{:>7}{:>8}{:>7}{:>10}{:>9}".format(*line) for line in lines)
 
 
 # The scenarios
