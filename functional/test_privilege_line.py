@@ -72,9 +72,19 @@ def threads(pid: int) -> list[Path]:
 
 
 def helper_of(agent: Agent) -> int:
+    """Its child that runs nothing of its own; others are programs it starts, and soon gone."""
+    command = command_of(agent.pid)
     children = [task / "children" for task in threads(agent.pid)]
-    [pid] = " ".join(path.read_text() for path in children).split()
-    return int(pid)
+    found = {int(pid) for path in children for pid in path.read_text().split()}
+    [pid] = [pid for pid in found if command_of(pid) == command]
+    return pid
+
+
+def command_of(pid: int) -> bytes:
+    """Its command line, empty if it is gone."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def until_ended(pid: int) -> None:
