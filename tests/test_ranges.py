@@ -118,10 +118,8 @@ def assert_whole(transfer: RangedTransfer, source: Slow, offset: int = 0) -> Non
 @pytest.mark.parametrize("max_connections", [2, 4])
 def test_a_connection_that_is_the_limit_gets_company(max_connections: int) -> None:
     source = Slow(40)
-    began = time.monotonic()
     transfer = transfer_of(source, max_connections=max_connections)
     assert_whole(transfer, source)
-    assert time.monotonic() - began < SIZE / MIB / 40 * 0.9
     assert source.most_opened == max_connections
     # Nothing was asked for twice, but for what the first connection had under way.
     assert SIZE <= transfer.received < SIZE + MIB
