@@ -188,11 +188,15 @@ def _fork_helper(context: HelperContext) -> None:
     def fork() -> None:
         try:
             context.start(Method.FORK)
-        except BaseException as e:
+        except BaseException as e:  # noqa: BLE001 - raised again, or it ends the helper
             if os.getpid() != agent:
-                # This is the helper: it must not go on and be a second agent.
-                LOG.exception("the privileged helper could not start")
-                os._exit(_EX_OSERR)
+                # This is the helper: it must not go on and be a second agent. It
+                # logs through the agent, so without one that fails as well.
+                try:
+                    if not isinstance(e, ConnectionError):  # an agent that was killed
+                        LOG.exception("the privileged helper could not start")
+                finally:
+                    os._exit(_EX_OSERR)
             failures.append(e)
 
     with _deaf_to_process_group():
