@@ -62,12 +62,10 @@ class NicModel(enum.StrEnum):
 
 
 class ScsiModel(enum.StrEnum):
-    """The values of `hw_scsi_model`."""
+    """The values of `hw_scsi_model`; the others want one target for each disk."""
 
     VIRTIO = "virtio-scsi"
     LSI = "lsilogic"
-    LSI_SAS = "lsisas1068"
-    VMWARE = "vmpvscsi"
 
 
 class VideoModel(enum.StrEnum):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from agent.cancellation import Cancellation
 from agent.errors import BackendError
+from agent.files import reporting_no_space
+from agent.write_path import BLOCK
 
 _POLL_FIRST_S = 0.05
 _POLL_LONGEST_S = 0.5
@@ -32,12 +34,14 @@ class FileLock:
 
         Raises:
             BackendError: the file cannot be opened, or is a symbolic link.
+            InsufficientFreeSpace: it is not there, and the disk is full.
         """
         if self._fd is not None:
             raise RuntimeError(f"the lock {self._path} is already held by this object")
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            fd = os.open(self._path, flags, 0o640)
+            with reporting_no_space(self._path, BLOCK, "making the lock file"):
+                fd = os.open(self._path, flags, 0o640)
         except OSError as e:
             raise BackendError(
                 f"opening the lock file {self._path}: {e.strerror}",
@@ -61,7 +65,7 @@ class FileLock:
         most half a second after the holder let go it is noticed.
 
         Raises:
-            BackendError: as `try_acquire`.
+            BackendError, InsufficientFreeSpace: as `try_acquire`.
             BootwrightError: the reason of the cancellation.
         """
         pause = _POLL_FIRST_S

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from agent import metrics, prune
-from agent.errors import BackendError, BootwrightError
+from agent.errors import BackendError, BootwrightError, InsufficientFreeSpace
 from agent.locks import FileLock
 from agent.prune import BaseState, CacheState, Policy
 from agent.store import Entry, Store
@@ -109,7 +109,7 @@ class Pruner:
         )
 
     def _carry_out(self, decisions: Iterable[Decision]) -> Iterator[Decision]:
-        hindrance: BackendError | None = None
+        hindrance: BootwrightError | None = None
         for decision in decisions:
             entry = self._store.find(decision.base_name) if decision.remove else None
             if entry is None:
@@ -119,7 +119,7 @@ class Pruner:
                 try:
                     yield self._removed(entry, decision)
                     continue
-                except BackendError as e:
+                except (BackendError, InsufficientFreeSpace) as e:
                     # It would be no clearer for the next one who needs it, and each
                     # would wait anew for the host that holds the lock on the claims.
                     LOG.error("no more bases can be removed for now: %s", e)

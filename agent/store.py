@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent import manifest as manifests
-from agent.errors import BackendError, NotFound
+from agent.errors import BackendError, InsufficientFreeSpace, NotFound
 from agent.files import UNFINISHED, fsync_directory, remove_tree, reporting_no_space
 from agent.image import Image
 from agent.locks import FileLock
@@ -281,7 +281,7 @@ class Store:
             try:
                 if lock.try_acquire():  # or somebody is at work on it
                     self._sweep_one(name, partials_s=partials_s, keep=keep)
-            except (OSError, BackendError) as e:
+            except (OSError, BackendError, InsufficientFreeSpace) as e:
                 LOG.error("what is left of the base %s cannot be removed: %s", name, e)
             finally:
                 lock.release()

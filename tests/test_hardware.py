@@ -66,7 +66,7 @@ def test_properties_are_read_without_regard_to_case() -> None:
         {"hw_tpm_model": "tpm-spapr"},
         {"hw_video_model": "gop"},
         {"hw_watchdog_action": "explode"},
-        {"hw_scsi_model": "buslogic"},
+        {"hw_scsi_model": "lsisas1068"},
         {"hw_architecture": "aarch64"},
         {"hw_vm_mode": "xen"},
         {"hw_mem_encryption": "True"},

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from agent.cancellation import Cancellation
-from agent.errors import BackendError, Cancelled, DeadlineExceeded
+from agent.errors import BackendError, Cancelled, DeadlineExceeded, InsufficientFreeSpace
 from agent.locks import FileLock, held
+from tests.small_file_system import mounted_file_system
+
+full_file_system = mounted_file_system("tmpfs")
 
 
 def test_one_holder_at_a_time_and_the_file_stays(tmp_path: Path) -> None:
@@ -82,3 +85,15 @@ def test_a_link_in_the_place_of_the_lock_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="lock file"):
         FileLock(tmp_path / "lock").try_acquire()
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_full_disk_is_said_to_be_full(full_file_system: Path) -> None:
+    known = full_file_system / "known"
+    known.touch()
+    # For the directory and the one file in it.
+    subprocess.run(["mount", "-o", "remount,nr_inodes=2", full_file_system], check=True)
+    with pytest.raises(InsufficientFreeSpace, match="making the lock file"):
+        FileLock(full_file_system / "another").try_acquire()
+    lock = FileLock(known)
+    assert lock.try_acquire()
+    lock.release()
