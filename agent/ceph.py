@@ -6,6 +6,7 @@ python3-rbd, and are loaded from where these lie, nothing else with them.
 
 import configparser
 import contextlib
+import errno
 import importlib.machinery
 import importlib.util
 import json
@@ -27,6 +28,8 @@ _PACKAGES: Final = {"rados": "python3-rados", "rbd": "python3-rbd"}
 
 # Monitors move rarely, and whoever is started meanwhile needs one that is left.
 _MONITORS_S: Final = 300.0
+# One call for one object; a cluster that is down answers none.
+_CALL_LIMIT_S: Final = 60
 _STEP: Final = 4 << 20  # one object of an image
 _OURS: Final = "bootwright.instance"
 """The key of an image's metadata that says whose it is."""
@@ -66,7 +69,11 @@ def _module(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Before it runs: rbd imports rados by its name.
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
@@ -94,6 +101,10 @@ class Cluster:
                 what = f"connecting to Ceph as client.{self.user}"
                 with self._translated(what):
                     connection = self._rados.Rados(conffile=self._conf, name=f"client.{self.user}")
+                    for option in ("rados_osd_op_timeout", "rados_mon_op_timeout"):
+                        # Ceph's own default is to wait for ever.
+                        if connection.conf_get(option) in ("0", "0.000000"):
+                            connection.conf_set(option, str(_CALL_LIMIT_S))
                     # Without it a wrong key is waited for five minutes, as QEMU does.
                     connection.connect(timeout=self._connect_timeout_s)
                 self._connection = connection
@@ -114,6 +125,8 @@ class Cluster:
                 "read by the agent's user, and 'ceph -s'",
             ) from e
         except self._rbd.OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise InsufficientFreeSpace(f"{what}: it is full", "free space in it") from e
             raise BackendError(f"{what}: {e}", "look at the cluster with 'ceph -s'") from e
 
     @property
@@ -181,14 +194,7 @@ class Cluster:
         with self._translated(f"cloning {'/'.join(parent)} to {pool.name}/{name}"):
             context = connection.open_ioctx(parent_pool)
             try:
-                self._rbd.RBD().clone(
-                    context,
-                    image,
-                    snapshot,
-                    pool.context,
-                    name,
-                    features=self._rbd.RBD_FEATURE_LAYERING,
-                )
+                self._rbd.RBD().clone(context, image, snapshot, pool.context, name)
             finally:
                 context.close()
 

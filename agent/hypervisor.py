@@ -260,8 +260,11 @@ class Hypervisor:
 
         self._work(f"growing disk {device_name} of domain {uuid} at", work)
 
-    def ensure_secret(self, uuid: str, usage: str, value: bytes) -> None:
-        """Make sure that there is a secret for Ceph of that uuid, with that value."""
+    def ensure_secret(self, uuid: str, usage: str, value: bytes, *, replace: bool) -> None:
+        """Make sure that there is a secret for Ceph of that uuid, in base64.
+
+        `replace`: whether one that is there gets that value too.
+        """
         xml = (
             f"<secret ephemeral='no' private='yes'><uuid>{uuid}</uuid>"
             f"<usage type='ceph'><name>{usage}</name></usage></secret>"
@@ -274,6 +277,9 @@ class Hypervisor:
                 if e.get_error_code() != libvirt.VIR_ERR_NO_SECRET:
                     raise
                 secret = connection.secretDefineXML(xml)
+            else:
+                if not replace:
+                    return
             secret.setValue(base64.b64decode(value))
 
         self._work(f"giving secret {uuid} to", work)

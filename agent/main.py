@@ -381,7 +381,10 @@ def _rbd(rbd: RbdSettings, settings: Settings, hypervisor: Hypervisor) -> Rbd:
         Cluster(rbd.ceph_conf, rbd.user, connect_timeout_s=rbd.connect_timeout_s),
         pool=rbd.pool,
         secret_uuid=rbd.secret_uuid,
-        share_key=lambda uuid, key: hypervisor.ensure_secret(uuid, usage, key),
+        # What somebody has chosen the uuid of, somebody may have given a value.
+        share_key=lambda uuid, key: hypervisor.ensure_secret(
+            uuid, usage, key, replace=rbd.secret_uuid is None
+        ),
         scratch=settings.instances_path,
         clones=not settings.images.signatures.verify,
         busy_retries=rbd.busy_retries,
