@@ -79,6 +79,8 @@ class InstanceRecord:
     """What each disk may do, by libvirt's name."""
     rescue: Rescue | None = None
     rebuild: Rebuild | None = None
+    rebuilt_by: str | None = None
+    """The last job that rebuilt it to the end: it must not do so twice."""
 
     @property
     def root(self) -> Disk:

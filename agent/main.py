@@ -383,7 +383,7 @@ def _rbd(rbd: RbdSettings, settings: Settings, hypervisor: Hypervisor) -> Rbd:
         secret_uuid=rbd.secret_uuid,
         # What somebody has chosen the uuid of, somebody may have given a value.
         share_key=lambda uuid, key: hypervisor.ensure_secret(
-            uuid, usage, key, replace=rbd.secret_uuid is None
+            uuid, f"{usage}, {uuid}", key, replace=rbd.secret_uuid is None
         ),
         scratch=settings.instances_path,
         clones=not settings.images.signatures.verify,

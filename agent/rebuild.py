@@ -61,6 +61,9 @@ def _rebuild(change: Change, record: InstanceRecord, acquisition: Acquisition) -
     host, recorder = change.host, change.recorder
     if change.request.image is None:
         raise AssertionError("the job's schema guarantees the image")
+    if record.rebuilt_by == change.job_id:
+        return  # an earlier run of this very job came to its end but for the last word
+    change.cancellation.check()
     recorder.phase(TaskState.IMAGE_RESOLVING)
     state = change.state(record)
     images = acquisition.resolve(change.request.image)
@@ -72,6 +75,8 @@ def _rebuild(change: Change, record: InstanceRecord, acquisition: Acquisition) -
     recorder.note(image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin))
     recorder.phase(TaskState.REBUILDING)
     if record.rebuild is None or record.rebuild.job_id != change.job_id:
+        # The last chance: from here on the old disk goes, whatever anybody wishes.
+        change.cancellation.check()
         record = _planned(change, record, bases, running=is_running(state))
     if record.rebuild is None:
         raise AssertionError("it has just been written")
@@ -89,7 +94,7 @@ def _rebuild(change: Change, record: InstanceRecord, acquisition: Acquisition) -
         host.hypervisor.define(domain_changes.changed(host, record, xml, kernel=kernel))
         if record.rebuild is not None and record.rebuild.was_running:
             host.hypervisor.start(change.uuid)
-    change.save(replace(record, rebuild=None))
+    change.save(replace(record, rebuild=None, rebuilt_by=change.job_id))
 
 
 def _require_same_hardware(record: InstanceRecord, properties: Mapping[str, str]) -> None:

@@ -73,6 +73,11 @@ def _grown(change: Change, record: InstanceRecord, flavor: Flavor, *, running: b
             f"the root of instance {record.name} is a CD-ROM, which cannot grow",
             "use a flavor with disk: 0",
         )
+    if running and root.format == "ploop":
+        raise InvalidJob(
+            f"QEMU cannot grow the ploop image of instance {record.name} while it runs",
+            "shut the instance down and resize it then",
+        )
     change.cancellation.check()
     backend = change.host.backends[root.backend]
     if not running:

@@ -68,7 +68,12 @@ class Rbd:
             return None
         for location in image.locations:
             match = _LOCATION.fullmatch(location)
-            if match is None or match[1] != self._cluster.fsid:
+            # A location may be anybody's word: only what Glance itself calls this image counts.
+            if match is None or (match[1], match[3], match[4]) != (
+                self._cluster.fsid,
+                image.id,
+                "snap",
+            ):
                 continue
             size = self._cluster.snapshot_size((match[2], match[3], match[4]))
             if size is not None:
