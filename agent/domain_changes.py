@@ -102,6 +102,12 @@ def devices_of(xml: str) -> set[str]:
     return {name for target in targets if (name := target.get("dev")) is not None}
 
 
+def kernel_of(xml: str) -> Path | None:
+    """Return the kernel that QEMU boots a domain with by itself."""
+    text = etree.fromstring(xml.encode()).findtext("os/kernel")
+    return None if text is None else Path(text)
+
+
 def _drop(domain: etree._Element, paths: Collection[str]) -> None:
     for path in paths:
         for element in domain.findall(path):

@@ -318,6 +318,26 @@ class Hypervisor:
 
         self._work(f"destroying domain {uuid} at", work)
 
+    def has_saved_state(self, uuid: str) -> bool:
+        """Whether the next start would go on with a guest that was suspended to disk."""
+        return bool(
+            self._look(
+                f"asking for the saved state of domain {uuid} of",
+                lambda connection: connection.lookupByUUIDString(uuid).hasManagedSaveImage(0),
+            )
+        )
+
+    def discard_saved_state(self, uuid: str) -> None:
+        """Have the next start be a boot; no saved state is no error."""
+
+        def work(connection: Connection) -> None:
+            with _passing_over_missing():
+                domain = connection.lookupByUUIDString(uuid)
+                if domain.hasManagedSaveImage(0):
+                    domain.managedSaveRemove(0)
+
+        self._work(f"discarding the saved state of domain {uuid} at", work)
+
     def undefine(self, uuid: str) -> None:
         """Make libvirt forget a domain, with its NVRAM, managed save, snapshots and checkpoints.
 

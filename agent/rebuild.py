@@ -82,6 +82,8 @@ def _rebuild(change: Change, record: InstanceRecord, acquisition: Acquisition) -
         raise AssertionError("it has just been written")
     if record.rebuild.replaced:
         host.hypervisor.destroy(change.uuid)
+        # Its memory knows the old disk, and would be written to the new one.
+        host.hypervisor.discard_saved_state(change.uuid)
         for disk in record.rebuild.replaced:
             host.backends[disk.backend].remove(disk, change.home)
         record = change.save(replace(record, rebuild=replace(record.rebuild, replaced=())))
@@ -90,7 +92,7 @@ def _rebuild(change: Change, record: InstanceRecord, acquisition: Acquisition) -
             host.backends[disk.backend].prepare(disk, bases[disk.role], change.cancellation)
     if state is not None:
         xml = host.hypervisor.xml(change.uuid)
-        kernel = _kernel(change.request, record, root)
+        kernel = _kernel(change, record, root, xml)
         host.hypervisor.define(domain_changes.changed(host, record, xml, kernel=kernel))
         if record.rebuild is not None and record.rebuild.was_running:
             host.hypervisor.start(change.uuid)
@@ -151,9 +153,13 @@ def _planned(
     )
 
 
-def _kernel(request: JobRequest, record: InstanceRecord, root: Base) -> Kernel:
+def _kernel(change: Change, record: InstanceRecord, root: Base, xml: str) -> Kernel | None:
+    """Return what the domain boots with now; None if it keeps a kernel of its owner's own."""
     paths = {disk.role: disk.path for disk in record.disks}
-    given = None if request.image is None else request.image.os_command_line
+    present = domain_changes.kernel_of(xml)
+    if Role.KERNEL not in paths and (present is None or present.parent != change.home.directory):
+        return None
+    given = None if change.request.image is None else change.request.image.os_command_line
     return Kernel(
         kernel=paths.get(Role.KERNEL),
         ramdisk=paths.get(Role.RAMDISK),

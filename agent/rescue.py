@@ -45,6 +45,11 @@ def rescue(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
         if record.rescue is None or record.rescue.job_id != change.job_id:
             change.require_settled(record)
         change.require_domain(record)
+        if host.hypervisor.has_saved_state(change.uuid):
+            raise InvalidJob(
+                f"instance {record.name} is suspended to disk, and a start would only wake it",
+                "start it, or give its memory up with 'virsh managedsave-remove'",
+            )
         acquisition = Acquisition(host, recorder, cancellation)
         try:
             _begin(change, record, acquisition)
@@ -113,12 +118,13 @@ def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> 
     change.cancellation.check()
     disk = by_role[Role.RESCUE]
     if not _runs_rescue(change, record):
-        host.hypervisor.destroy(change.uuid)
         kernel = _kernel(by_role, change.request, root)
         xml = domain_changes.changed(
             host, record, _original(record), kernel=kernel, boots_from=disk
         )
+        # What runs is not touched by that; only what libvirt has accepted takes its place.
         host.hypervisor.define(xml)
+        host.hypervisor.destroy(change.uuid)
         host.hypervisor.start(change.uuid)
     change.note_domain()
 

@@ -55,7 +55,7 @@ class Worker:
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
-        # Jobs that came to their turn before a delete that was accepted before them.
+        # Jobs that came to their turn before another of their instance that goes first.
         self._held: list[str] = []
         self._stopping = False
         self._threads = [
@@ -186,7 +186,7 @@ class Worker:
             job = self._journal.get(job_id)
             if self._stopping or job.report.status.final or job_id in self._running:
                 return None
-            if self._delete_before(job):
+            if self._must_wait(job):
                 self._held.append(job_id)
                 return None
             running = _Running(
@@ -201,19 +201,18 @@ class Worker:
             running.cancellation.cancel(Cancelled(job.cancelled))
         return job, running
 
-    def _delete_before(self, job: Job) -> bool:
-        """Whether a delete of the job's instance that was accepted before it has not ended."""
-        instance = job.request.instance
-        return (
-            instance is not None
-            and instance.uuid is not None
-            and any(
-                other.request.action is Action.DELETE
-                for other in self._journal.unfinished_before(
-                    job.report.id, instance_uuid=instance.uuid
-                )
-            )
-        )
+    def _must_wait(self, job: Job) -> bool:
+        """Whether an unfinished job of the same instance that was accepted before goes first.
+
+        A delete does, before all. What changes an instance waits for all before it: two boots
+        of one instance exclude each other, and the second is told so at once.
+        """
+        action, instance = job.request.action, job.request.instance
+        if instance is None or instance.uuid is None:
+            return False
+        changes = action.of_existing and action is not Action.DELETE
+        earlier = self._journal.unfinished_before(job.report.id, instance_uuid=instance.uuid)
+        return any(changes or other.request.action is Action.DELETE for other in earlier)
 
     def _let_go(self) -> None:
         """A job has ended: let those that were held look again; under the lock."""

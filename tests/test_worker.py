@@ -345,6 +345,20 @@ def test_job_accepted_after_a_delete_waits_for_it_and_is_not_cancelled(host: Hos
     assert host.work.begun == ["delete", "boot", "again"]
 
 
+def test_job_that_changes_an_instance_waits_for_those_accepted_before_it(host: Host) -> None:
+    host.accept("boot")
+    host.accept("rescue", action="rescue")
+    host.accept("unrescue", action="unrescue")
+    other = "11111111-2222-4333-8444-555555555555"
+    host.accept("other", instance={"name": "web-2", "uuid": other})
+    host.worker.start()
+    host.until_begun("other")
+    assert set(host.work.begun) == {"boot", "other"}
+    host.work.gate.set()
+    host.final("unrescue")
+    assert [job for job in host.work.begun if job != "other"] == ["boot", "rescue", "unrescue"]
+
+
 def test_job_that_waits_for_a_delete_holds_up_nobody(host: Host) -> None:
     host.accept_delete("delete")
     for number in range(4):
