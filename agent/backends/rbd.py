@@ -63,7 +63,7 @@ class Rbd:
         self._busy_retries = busy_retries
         self._busy_interval_s = busy_interval_s
 
-    def direct(self, image: Image) -> Base | None:
+    def direct(self, image: Image, /) -> Base | None:
         if not self._clones or image.disk_format != "raw":
             return None
         for location in image.locations:
