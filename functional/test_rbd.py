@@ -13,9 +13,11 @@ from lxml import etree
 
 from agent import ceph as modules
 from agent.backends.rbd import Rbd
+from agent.base import Base
 from agent.ceph import Cluster
 from agent.disk import Disk, Home
 from agent.errors import BackendError
+from agent.image import Image
 from functional.conftest import CACHE, Images, MakeAgent, boot_files
 from functional.harness import glance as glances
 from functional.harness.agent import USER, Agent
@@ -121,6 +123,29 @@ def test_image_that_somebody_has_open_is_removed_when_it_is_closed(site: RbdSite
     site.backend.remove(disk, site.home)
     thread.join()
     assert site.found() == set()
+
+
+def test_only_what_glance_itself_calls_an_image_is_cloned_for_it(site: RbdSite, ceph: Ceph) -> None:
+    ceph.rbd("create", "--size", "8M", "images/theirs")
+    ceph.rbd("snap", "create", "images/theirs@snap")
+    ceph.rbd("snap", "protect", "images/theirs@snap")
+    location = f"rbd://{ceph.fsid}/images/theirs/snap"
+
+    def direct(image_id: str) -> Base | None:
+        image = Image(
+            id=image_id,
+            name="",
+            source="glance",
+            status="active",
+            disk_format="raw",
+            locations=(location,),
+        )
+        return site.backend.direct(image)
+
+    found = direct("theirs")
+    assert found is not None
+    assert (found.virtual_size, found.location) == (8 << 20, location)
+    assert direct("mine") is None
 
 
 def test_wrong_key_is_told_at_once(ceph: Ceph, tmp_path: Path) -> None:

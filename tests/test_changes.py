@@ -3,6 +3,7 @@
 What needs QEMU is in functional/.
 """
 
+import dataclasses
 import os
 import uuid
 from collections.abc import Iterator
@@ -136,3 +137,14 @@ def test_resize_never_shrinks(site: Site) -> None:
     with pytest.raises(InvalidJob, match="would shrink"):
         resize(site.host, request, recorder, Cancellation())
     assert record(site).root.virtual_size == 2 << 30
+
+
+def test_ploop_image_is_not_grown_under_a_guest(site: Site) -> None:
+    site.run()
+    known = record(site)
+    root = dataclasses.replace(known.root, format="ploop")
+    site.kit.instances.write(dataclasses.replace(known, disks=(root,)))
+    flavor = {"vcpus": 1, "ram": 64, "disk": 2}
+    request, recorder = accepted(site, "resize", flavor=flavor)
+    with pytest.raises(InvalidJob, match="cannot grow the ploop image"):
+        resize(site.host, request, recorder, Cancellation())
