@@ -37,7 +37,8 @@ def parse(text: str) -> Seen | None:
     serials: dict[str, str] = {}
     config_drive: dict[str, str] = {}
     ready = False
-    for line in text.splitlines():
+    # What follows the last newline may be half a line: the guest is writing it.
+    for line in text[: text.rfind("\n") + 1].splitlines():
         _, prefix, rest = line.partition(CONSOLE_PREFIX)
         if not prefix:
             continue
