@@ -246,6 +246,30 @@ def test_preallocated_disk_has_all_its_space_and_reads_the_same(
     assert site.read(blank)[MIB : MIB + 512] == b"y" * 512
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Flat(), Flat(preallocate=True)),
+        (Qcow2(QemuImg()), Qcow2(QemuImg(), preallocate=True)),
+    ],
+    ids=["flat", "qcow2"],
+)
+def test_disk_that_a_crash_left_without_its_space_gets_it_in_the_next_run(
+    before: Backend, after: Backend, flat: FileSite
+) -> None:
+    site = dataclasses.replace(flat, backend=before)
+    content = base(site)
+    disks = prepared(site, content), generated(site, b"y" * 512)
+    held = [site.read(disk) for disk in disks]
+    assert all(disk.path.stat().st_blocks * 512 < 8 * MIB for disk in disks)
+
+    site = dataclasses.replace(flat, backend=after)
+    assert (prepared(site, content), generated(site, b"n")) == disks
+
+    assert all(disk.path.stat().st_blocks * 512 >= 8 * MIB for disk in disks)
+    assert [site.read(disk) for disk in disks] == held
+
+
 def test_disk_whose_space_is_not_there_is_not_preallocated(flat: FileSite) -> None:
     site = dataclasses.replace(flat, backend=Flat(preallocate=True))
     with pytest.raises(InsufficientFreeSpace, match="preallocating"):

@@ -63,17 +63,16 @@ class Flat:
 
     def generate(self, disk: Disk, write: Write, cancellation: Cancellation) -> None:
         cancellation.check()
-        if disk_file.exists(disk):
-            return
         try:
-            with files.replacing(
-                disk.path,
-                needed=disk.virtual_size,
-                what="creating",
-                mode=_MODES.get(disk.role, _MODE),
-            ) as fd:
-                os.ftruncate(fd, disk.virtual_size)
-                write(fd)
+            if not disk_file.exists(disk):
+                with files.replacing(
+                    disk.path,
+                    needed=disk.virtual_size,
+                    what="creating",
+                    mode=_MODES.get(disk.role, _MODE),
+                ) as fd:
+                    os.ftruncate(fd, disk.virtual_size)
+                    write(fd)
             if self._preallocate:
                 disk_file.preallocate(disk)
         except OSError as e:

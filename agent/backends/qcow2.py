@@ -53,18 +53,18 @@ class Qcow2:
 
     def prepare(self, disk: Disk, base: Base, cancellation: Cancellation) -> None:
         cancellation.check()
-        if disk_file.exists(disk):
-            return
-        try:
-            qcow2.create_overlay(
-                disk.path,
-                virtual_size=disk.virtual_size,
-                backing_file=base.path,
-                backing_format=base.format,
-                geometry=self._geometry,
-            )
-        except (ValueError, OSError) as e:
-            raise BackendError(f"creating the overlay {disk.path}: {e}") from e
+        if not disk_file.exists(disk):
+            try:
+                qcow2.create_overlay(
+                    disk.path,
+                    virtual_size=disk.virtual_size,
+                    backing_file=base.path,
+                    backing_format=base.format,
+                    geometry=self._geometry,
+                )
+            except (ValueError, OSError) as e:
+                raise BackendError(f"creating the overlay {disk.path}: {e}") from e
+        # Also for one that exists: a crash may have come between the two.
         if self._preallocate:
             disk_file.preallocate(disk)
 
