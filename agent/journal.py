@@ -54,6 +54,9 @@ CREATE TABLE event (
 );
 CREATE INDEX event_job ON event (job_id);
 """
+# What callers have seen of events a power cut may have taken back, and numbers must not come twice.
+# SQLite syncs at each checkpoint, so at the latest after 1,000 pages: fewer than so many events.
+_LEAP = 10_000
 _UNFINISHED = tuple(status for status in Status if not status.final)
 
 
@@ -90,6 +93,7 @@ class Journal:
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA foreign_keys = ON")
+            self._connection.execute("PRAGMA synchronous = FULL")
             self._migrate(path)
         except (sqlite3.Error, OSError) as e:
             raise JournalUnusable(
@@ -108,6 +112,9 @@ class Journal:
             self._connection.executescript(
                 f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;"
             )
+        self._connection.execute(
+            "UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'event'", (_LEAP,)
+        )
 
     def close(self) -> None:
         with self._lock:

@@ -1,6 +1,7 @@
 """The journal: a real SQLite file, closed and opened again, and cut off by SIGKILL."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -127,6 +128,26 @@ def test_events_go_on_from_any_number(tmp_path: Path) -> None:
     assert [event.job_id for event in journal.events(seqs[2])] == ["job-3", "job-4"]
     assert [event.seq for event in journal.events(0, limit=2)] == seqs[:2]
     assert journal.events(seqs[-1]) == []
+
+
+def test_number_of_an_event_that_a_power_cut_took_back_does_not_come_again(tmp_path: Path) -> None:
+    path = tmp_path / "before/journal.db"
+    path.parent.mkdir()
+    journal = Journal(path)
+    accepted = accept(journal, "job-1")
+    # What is synced: the file and its log as they are now.
+    shutil.copytree(path.parent, tmp_path / "after")
+    journal.record(accepted, "image downloading", durable=False)
+    [_, seen] = [event.seq for event in journal.events(0)]
+    journal.close()
+
+    for job_id in ("job-2", "job-3"):
+        journal = Journal(tmp_path / "after/journal.db")
+        accept(journal, job_id)
+        [event] = journal.events(seen)
+        assert event.job_id == job_id
+        seen = event.seq
+        journal.close()
 
 
 def test_old_jobs_are_forgotten_with_their_events_and_unfinished_ones_never(
