@@ -78,6 +78,8 @@ class InstanceRecord:
     iotune: dict[str, int] = field(default_factory=dict)
     """What each disk may do, by libvirt's name."""
     rescue: Rescue | None = None
+    unrescued_by: str | None = None
+    """The last job that ended a rescue: run again, it has nothing left to do."""
     rebuild: Rebuild | None = None
     rebuilt_by: str | None = None
     """The last job that rebuilt it to the end: it must not do so twice."""

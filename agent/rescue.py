@@ -74,11 +74,10 @@ def unrescue(
         BackendError, HypervisorError: it still is; doing it again goes on.
     """
     change = Change(host, request, recorder, cancellation)
-    resumed = recorder.report.task_state is TaskState.UNRESCUING
     recorder.phase(TaskState.UNRESCUING)
     with change.held() as record:
         # An earlier run of this very job may have come to its end but for the last word.
-        if record.rescue is None and not resumed:
+        if record.rescue is None and record.unrescued_by != change.job_id:
             raise InvalidJob(
                 f"instance {record.name} is not being rescued",
                 f"bootwright instance rescue {record.name} begins that",
@@ -212,4 +211,4 @@ def _end(change: Change) -> None:
         if disk.role.of_rescue:
             host.backends[disk.backend].remove(disk, change.home)
     disks = tuple(disk for disk in record.disks if not disk.role.of_rescue)
-    change.save(replace(record, disks=disks, rescue=None))
+    change.save(replace(record, disks=disks, rescue=None, unrescued_by=change.job_id))

@@ -20,7 +20,7 @@ from agent.journal import digest_of
 from agent.rebuild import rebuild
 from agent.recorder import Recorder
 from agent.report import JobReport, Status
-from agent.rescue import rescue
+from agent.rescue import rescue, unrescue
 from agent.resize import resize
 from tests.cache_kit import random_bytes
 from tests.test_build import TEMPLATE, Site
@@ -118,6 +118,24 @@ def test_rebuild_gives_up_the_memory_that_knows_the_old_disk(site: Site) -> None
     request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
     rebuild(site.host, request, recorder, Cancellation())
     assert not site.hypervisor.has_saved_state(site.uuid)
+
+
+def test_unrescue_whose_last_word_a_power_cut_took_back_has_ended_well(site: Site) -> None:
+    site.run()
+    request, recorder = accepted(site, "rescue")
+    rescue(site.host, request, recorder, Cancellation())
+    request, recorder = accepted(site, "unrescue")
+    queued = site.journal.get(recorder.report.id)
+    unrescue(site.host, request, recorder, Cancellation())
+    assert record(site).rescue is None
+
+    again = Recorder(site.journal, queued)
+    unrescue(site.host, request, again, Cancellation())
+
+    assert again.report.status is Status.ACTIVE
+    request, recorder = accepted(site, "unrescue")
+    with pytest.raises(InvalidJob, match="is not being rescued"):
+        unrescue(site.host, request, recorder, Cancellation())
 
 
 def save(site: Site) -> None:
