@@ -22,7 +22,7 @@ from agent.acquisition import Acquisition
 from agent.base import GIB, Base, check_fits
 from agent.cancellation import Cancellation
 from agent.devices import assign_devices, assign_macs
-from agent.disk import Home
+from agent.disk import DiskType, Home
 from agent.domain_xml import DomainSpec
 from agent.errors import AgentStopping, BootwrightError, FlavorDiskSmallerThanMinDisk, InvalidJob
 from agent.hardware import Hardware
@@ -127,6 +127,7 @@ class Build:
         record = self._record(bases, hardware, networks)
         self._recorder.note(disks=tuple(disk.report() for disk in record.disks))
         self._layout(networks).prepare(record.disks, bases, self._cancellation)
+        self._host.instances.settle(self._uuid)
         xml = self._domain_xml(record, root, hardware, networks)
         self._spawn(xml)
 
@@ -184,7 +185,11 @@ class Build:
                 self._layout(networks).plan(bases, self._images_type), hardware, self._uuid
             ),
         )
-        self._host.instances.write(record)
+        # Where all of them are files beside the record, the first one that is durable makes
+        # the record's name so: file systems keep the names in a directory in order.
+        self._host.instances.write(
+            record, settle=any(disk.type is not DiskType.FILE for disk in record.disks)
+        )
         return record
 
     def _hardware(self, image: Image) -> Hardware:

@@ -111,12 +111,14 @@ def fsync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(target: Path, *, needed: int, what: str, mode: int = 0o640) -> Iterator[int]:
+def replacing(
+    target: Path, *, needed: int, what: str, mode: int = 0o640, settle: bool = True
+) -> Iterator[int]:
     """Give a descriptor (read and write) to the file that becomes `target` at the end.
 
     It stands beside the target as `.<name>.<random>.tmp`. When the block ends
-    well the file and its name are durable; when not, it is removed and the
-    target is as before. A crash may leave the temporary file.
+    well the file and, with `settle`, its name are durable; when not, it is
+    removed and the target is as before. A crash may leave the temporary file.
 
     Raises:
         InsufficientFreeSpace: naming `what` and the `needed` bytes.
@@ -136,16 +138,19 @@ def replacing(target: Path, *, needed: int, what: str, mode: int = 0o640) -> Ite
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        fsync_directory(target.parent)
+        if settle:
+            fsync_directory(target.parent)
 
 
-def write_durably(path: Path, data: bytes, *, mode: int = 0o640) -> None:
+def write_durably(path: Path, data: bytes, *, mode: int = 0o640, settle: bool = True) -> None:
     """Put `data` at `path`, replacing what was there, so that a crash leaves old or new.
+
+    Without `settle` it may be the old even after a return, until the directory is flushed.
 
     Raises:
         InsufficientFreeSpace
     """
-    with replacing(path, needed=len(data), what="writing", mode=mode) as fd:
+    with replacing(path, needed=len(data), what="writing", mode=mode, settle=settle) as fd:
         write_all(fd, memoryview(data), 0)
 
 

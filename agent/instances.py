@@ -114,6 +114,7 @@ class Instances:
         # not meet; `_lock` is for what takes no time.
         self._removal = threading.Lock()
         self._known: dict[str, InstanceRecord] = {}
+        self._uuids: dict[str, str] = {}  # by name
         self.unreadable: tuple[Path, ...] = ()
         """Records that exist and cannot be understood: who knows what they stand on."""
         # Names a running job has spoken for, before anything of it is on disk.
@@ -137,7 +138,11 @@ class Instances:
                 )
                 self.unreadable += (path,)
             else:
-                self._known[record.uuid] = record
+                self._know(record)
+
+    def _know(self, record: InstanceRecord) -> None:
+        self._known[record.uuid] = record
+        self._uuids[record.name] = record.uuid
 
     def directory_of(self, uuid: str) -> Path:
         return self._directory / uuid
@@ -158,8 +163,9 @@ class Instances:
         with self._lock:
             if uuid not in self._known:
                 self._require_no_files(uuid)
-            for other in self._known.values():
-                if (other.uuid == uuid or other.name == name) and other.job_id != job_id:
+            for known in (uuid, self._uuids.get(name, uuid)):
+                other = self._known.get(known)
+                if other is not None and other.job_id != job_id:
                     which = f"name {name}" if other.name == name else f"uuid {uuid}"
                     raise InstanceExists(
                         f"the {which} belongs to instance {other.name} ({other.uuid})",
@@ -206,8 +212,11 @@ class Instances:
         with self._lock:
             self._claims = {key: job for key, job in self._claims.items() if job != job_id}
 
-    def write(self, record: InstanceRecord) -> Path:
+    def write(self, record: InstanceRecord, *, settle: bool = True) -> Path:
         """Make the instance's directory and its record durable; return the directory.
+
+        Without `settle` their names are so only with the next one that is made
+        durable in the directory, or with `settle` itself, whichever comes first.
 
         Raises:
             InsufficientFreeSpace, BackendError: it cannot be written, or not durably.
@@ -220,14 +229,28 @@ class Instances:
                     # Others may pass through, as the hypervisor's user must, but not list.
                     directory.mkdir(mode=0o711)
                     directory.chmod(0o711)
-                    fsync_directory(self._directory)
-                write_durably(directory / RECORD_NAME, _RECORD.dump_json(record, indent=2))
+                write_durably(
+                    directory / RECORD_NAME, _RECORD.dump_json(record, indent=2), settle=False
+                )
+            if settle:
+                self.settle(record.uuid)
         except BootwrightError:
             self._look_again(record.uuid)
             raise
         with self._lock:
-            self._known[record.uuid] = record
+            self._know(record)
         return directory
+
+    def settle(self, uuid: str) -> None:
+        """Make durable what `write` may have left: the names of a record and its directory.
+
+        Raises:
+            InsufficientFreeSpace, BackendError: it cannot be.
+        """
+        directory = self.directory_of(uuid)
+        with _reporting("writing", directory):
+            fsync_directory(directory)
+            fsync_directory(self._directory)
 
     def _look_again(self, uuid: str) -> None:
         """Know of an instance what is on disk, after a write of its record that failed.
@@ -244,7 +267,7 @@ class Instances:
                 directory.rmdir()  # unless there is anything in it
             return
         with self._lock:
-            self._known[uuid] = found
+            self._know(found)
 
     def create_console(self, uuid: str) -> None:
         """Make the console log if it is not there.
@@ -266,10 +289,11 @@ class Instances:
     def find(self, name_or_uuid: str) -> InstanceRecord:
         """Raises: NotFound."""
         with self._lock:
-            for record in self._known.values():
-                if name_or_uuid in (record.uuid, record.name):
-                    return record
-        raise _no_instance(name_or_uuid)
+            uuid = name_or_uuid if name_or_uuid in self._known else self._uuids.get(name_or_uuid)
+            record = None if uuid is None else self._known[uuid]
+        if record is None:
+            raise _no_instance(name_or_uuid)
+        return record
 
     def all(self) -> list[InstanceRecord]:
         """Return every instance, oldest first."""
@@ -302,7 +326,9 @@ class Instances:
                 fsync_directory(directory)
                 remove_tree(directory)
         with self._lock:
-            self._known.pop(uuid, None)
+            record = self._known.pop(uuid, None)
+            if record is not None and self._uuids.get(record.name) == uuid:
+                del self._uuids[record.name]
 
     def sweep(self) -> list[Path]:
         """Remove what a crash left, and return it; call it before any job runs.

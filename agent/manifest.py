@@ -4,6 +4,7 @@
 `_base/<name>.json` exists, and that is written last.
 """
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,10 +84,17 @@ def read(path: Path) -> Manifest | None:
     base is fetched anew, and nothing is guessed about it.
     """
     try:
-        manifest = _MANIFEST.validate_json(path.read_bytes())
+        status = path.stat()
+        manifest = _parsed(path, status.st_ino, status.st_size, status.st_mtime_ns)
     except (FileNotFoundError, ValidationError):
         return None
     return manifest if manifest.version == 1 else None
+
+
+# Each boot looks several times. What is written is never changed, but replaced.
+@functools.lru_cache(maxsize=1024)
+def _parsed(path: Path, _inode: int, _size: int, _changed: int) -> Manifest:
+    return _MANIFEST.validate_json(path.read_bytes())
 
 
 def write(path: Path, manifest: Manifest) -> None:

@@ -74,6 +74,19 @@ def test_instances_are_listed_oldest_first(instances: Instances, tmp_path: Path)
     assert [each.name for each in instances.all()] == ["web-2", "web-1"]
 
 
+def test_name_that_is_the_uuid_of_another_does_not_hide_it(
+    instances: Instances, tmp_path: Path
+) -> None:
+    instances.write(record(tmp_path))
+    instances.write(record(tmp_path, uuid=OTHER, name=UUID))
+    assert instances.find(UUID).uuid == UUID
+    assert instances.find("web-1").uuid == UUID
+    instances.remove(UUID)
+    assert instances.find(UUID).uuid == OTHER
+    with pytest.raises(NotFound):
+        instances.find("web-1")
+
+
 @pytest.mark.parametrize(("uuid", "name"), [(UUID, "web-2"), (OTHER, "web-1")])
 def test_neither_name_nor_uuid_is_given_twice(
     instances: Instances, tmp_path: Path, uuid: str, name: str

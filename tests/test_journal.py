@@ -185,6 +185,64 @@ def test_journal_of_a_newer_release_is_refused(tmp_path: Path) -> None:
         Journal(path)
 
 
+_SCHEMA_1 = """
+CREATE TABLE job (
+    number          INTEGER PRIMARY KEY AUTOINCREMENT,
+    id              TEXT NOT NULL UNIQUE,
+    idempotency_key TEXT UNIQUE,
+    body_digest     TEXT NOT NULL,
+    status          TEXT NOT NULL,
+    created_at      REAL NOT NULL,
+    request         TEXT NOT NULL,
+    report          TEXT NOT NULL,
+    cancelled       TEXT
+);
+CREATE INDEX job_status ON job (status);
+CREATE TABLE event (
+    seq        INTEGER PRIMARY KEY AUTOINCREMENT,
+    job_id     TEXT NOT NULL REFERENCES job (id) ON DELETE CASCADE,
+    time       REAL NOT NULL,
+    status     TEXT NOT NULL,
+    task_state TEXT,
+    message    TEXT NOT NULL
+);
+CREATE INDEX event_job ON event (job_id);
+PRAGMA user_version = 1;
+"""
+
+
+def test_journal_of_an_older_release_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    connection = sqlite3.connect(path)
+    connection.executescript(_SCHEMA_1)
+    wanted, known = request(idempotency_key="key-1"), report("old")
+    connection.execute(
+        "INSERT INTO job (id, idempotency_key, body_digest, status, created_at, request, report)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        ("old", "key-1", digest_of(wanted), known.status, 0.0, wanted.model_dump_json(),
+         known.model_dump_json()),
+    )  # fmt: skip
+    connection.execute(
+        "INSERT INTO event (job_id, time, status, message) VALUES ('old', 0, 'QUEUED', 'accepted')"
+    )
+    connection.commit()
+    connection.close()
+
+    for _ in range(2):  # also once it has become one of this release
+        journal = Journal(path, now=lambda: 10 * DAY_S)
+        again = journal.accept(wanted, report("again"), body_digest=digest_of(wanted))
+        assert again == known
+        journal.close()
+    journal = Journal(path, now=lambda: 10 * DAY_S)
+    journal.record(known.model_copy(update={"status": Status.DONE}), "done", durable=True)
+    first, second = journal.events(0)
+    assert first.seq < second.seq
+    assert journal.forget(older_than_s=DAY_S) == 1
+    assert journal.events(0) == []
+    accept(journal, "new")
+    assert [event.seq for event in journal.events(0)] == [second.seq + 1]
+
+
 # Whoever writes is killed the moment it says that something is durable.
 _WRITER = """
 import sys
