@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import socket
+import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, Self, TypeVar
@@ -63,8 +64,11 @@ class Client:
 
     def __init__(self, socket_path: Path) -> None:
         self._socket_path = socket_path
+        # No TLS is spoken on it. To load the host's certificate authorities, as httpx would do
+        # all the same, takes 20 ms of each command.
+        no_authorities = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._http = httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(socket_path)),
+            transport=httpx.HTTPTransport(verify=no_authorities, uds=str(socket_path)),
             base_url="http://bootwright",
             timeout=_TIMEOUT,
         )

@@ -351,6 +351,13 @@ def test_status_exits_5_when_degraded(cli: Cli, service: FakeService) -> None:
     assert "libvirt: away (start it)" in result.stderr
 
 
+def test_no_certificate_authorities_are_looked_for(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
+    assert cli("status").exit_code == 0
+
+
 def test_without_an_agent_the_sentence_says_what_to_do(tmp_path: Path) -> None:
     result = alone("--socket", str(tmp_path / "none"), "status")
     assert result.exit_code == 1
