@@ -22,6 +22,8 @@ collect_ignore = [] if os.environ.get("BOOTWRIGHT_INSIDE") else ["inside"]
 
 CACHE = Path(os.environ.get("BOOTWRIGHT_CACHE", "/var/cache/bootwright-dev"))
 """What is expensive to make and the same in every run."""
+WORK = Path(os.environ.get("BOOTWRIGHT_WORK", "/var/tmp"))
+"""Where everything else is made."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,7 +38,7 @@ def _root() -> None:
 @pytest.fixture(scope="session")
 def work() -> Iterator[Path]:
     """A directory that the service user and QEMU's may pass through; pytest's own are root's."""
-    path = Path(tempfile.mkdtemp(prefix="bootwright-", dir="/var/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="bootwright-", dir=WORK))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)

@@ -10,10 +10,8 @@ import random
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,11 +22,12 @@ from agent.report import Status
 from functional.conftest import Images
 from functional.harness.agent import Options
 from functional.harness.campaign import Document, Field, Reference, Scenario
+from functional.harness.campaign_table import Row, Table
 from functional.harness.fault_proxy import Answer, Fault, FaultProxy
 from functional.harness.glance import Glance
 from functional.harness.libvirtd import PrivateLibvirtd
 from functional.harness.mounts import small_file_system
-from functional.harness.steps import ALL, Action, Kind, Taken, Trouble
+from functional.harness.steps import ALL, Action, Kind, Trouble
 
 MIB: Final = 1 << 20
 WHOLE: Final = os.environ.get("BOOTWRIGHT_CAMPAIGN") == "whole"
@@ -58,49 +57,19 @@ FOURTH: Final = "6f1d8a0c-55d1-4a53-9b1e-0c1f6a5d9e04"
 FIFTH: Final = "6f1d8a0c-55d1-4a53-9b1e-0c1f6a5d9e05"
 
 
-# The table
-
-
-@dataclass(kw_only=True, slots=True)
-class Row:
-    scenario: str
-    trouble: str
-    steps: int | None = None
-    rounds: int = 0
-    hits: int = 0
-    seconds: float = 0.0
-    problems: list[str] = field(default_factory=list)
-
-    def note(self, at: str, taken: Taken, problem: str | None) -> None:
-        self.rounds += 1
-        self.hits += taken.hit is not None
-        if problem is not None:
-            self.problems.append(f"{at} ({taken.hit}): {problem}")
-
-    def assert_well(self) -> None:
-        assert not self.problems, "\n\n".join(self.problems)
-        assert self.hits or not self.rounds, "no trouble came to it"
-
-
 @pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
-    rows: list[Row] = []
-    yield rows
-    if WHOLE:
-        capture: Any = request.config.pluginmanager.get_plugin("capturemanager")
-        with capture.global_and_fixture_disabled():
-            sys.stdout.write(f"\n{as_table(rows)}\n")
+def table(request: pytest.FixtureRequest) -> Iterator[Table]:
+    capture: Any = request.config.pluginmanager.get_plugin("capturemanager")
 
+    def show(lines: str) -> None:
+        if WHOLE:
+            with capture.global_and_fixture_disabled():
+                sys.stdout.write(f"{lines}\n")
+                sys.stdout.flush()
 
-def as_table(rows: Sequence[Row]) -> str:
-    lines: list[tuple[str, ...]] = [
-        ("scenario", "trouble", "steps", "rounds", "hits", "failures", "seconds")
-    ]
-    for row in rows:
-        steps = "" if row.steps is None else str(row.steps)
-        counts = (row.rounds, row.hits, len(row.problems), round(row.seconds))
-        lines.append((row.scenario, row.trouble, steps, *map(str, counts)))
-    return "\n".join("{:<22}{:<9}{:>7}{:>8}{:>7}{:>10}{:>9}".format(*line) for line in lines)
+    table = Table(show)
+    yield table
+    show(f"\n{table}")
 
 
 # The scenarios
@@ -225,7 +194,7 @@ def options(proxy: FaultProxy, libvirtd: PrivateLibvirtd) -> Options:
 
 @pytest.fixture(scope="module")
 def ground(work: Path, options: Options) -> Iterator[Field]:
-    ground = Field(work / "campaign", options, Scenario(name="nothing"))
+    ground = Field(work / "campaign", options)
     yield ground
     ground.close()
 
@@ -242,28 +211,6 @@ DISKS_ONLY: Final = (
 )
 
 
-@pytest.mark.parametrize("name", [*DISKS_ONLY, "defined", "booted"])
-def test_trouble_at_any_step_costs_nothing(
-    name: str, ground: Field, scenarios: dict[str, Scenario], table: list[Row]
-) -> None:
-    ground.scenario = scenarios[name]
-    reference = ground.reference()
-    rows = []
-    for trouble_name in chosen(name):
-        trouble = TROUBLES[trouble_name]
-        steps = ground.count(trouble)
-        row = Row(scenario=name, trouble=trouble_name, steps=steps)
-        rows.append(row)
-        table.append(row)
-        began = time.monotonic()
-        for at in some(steps, name, trouble_name):
-            taken, problem = ground.round(reference, trouble, at)
-            row.note(f"step {at} of {steps}", taken, problem)
-        row.seconds = time.monotonic() - began
-    for row in rows:
-        row.assert_well()
-
-
 def chosen(name: str) -> list[str]:
     """The troubles a scenario meets: all of them, or kills and one of the others in turn."""
     if WHOLE:
@@ -272,6 +219,34 @@ def chosen(name: str) -> list[str]:
         return ["killed"]
     others = ["enospc", "fsync", "eio", "fsync", "short", "torn"]
     return ["killed", others[DISKS_ONLY.index(name) % len(others) if name in DISKS_ONLY else 2]]
+
+
+# Each of them is killed before one of them meets anything else: that finds the most.
+MEETINGS: Final = [
+    (trouble, name)
+    for trouble in TROUBLES
+    for name in (*DISKS_ONLY, "defined", "booted")
+    if trouble in chosen(name)
+]
+
+
+@pytest.mark.parametrize(("trouble_name", "name"), MEETINGS)
+def test_trouble_at_any_step_costs_nothing(
+    *,
+    trouble_name: str,
+    name: str,
+    ground: Field,
+    scenarios: dict[str, Scenario],
+    table: Table,
+) -> None:
+    trouble = TROUBLES[trouble_name]
+    reference = ground.reference(scenarios[name])
+    steps = ground.count(trouble)
+    with table.row(name, trouble_name, steps) as row:
+        for at in some(steps, name, trouble_name):
+            taken, problem = ground.round(reference, trouble, at)
+            row.note(f"step {at} of {steps}", taken, problem)
+    row.assert_well()
 
 
 def some(steps: int, name: str, trouble: str) -> list[int]:
@@ -286,13 +261,11 @@ def some(steps: int, name: str, trouble: str) -> list[int]:
 
 
 def test_a_kill_at_any_instant_under_load_costs_nothing(
-    ground: Field, scenarios: dict[str, Scenario], table: list[Row]
+    ground: Field, scenarios: dict[str, Scenario], table: Table
 ) -> None:
-    ground.scenario = scenarios["load"]
-    reference = ground.reference()
-    row = Row(scenario="load", trouble="instant")
-    table.append(row)
-    killed_at_instants(ground, reference, row, 200 if WHOLE else 3)
+    reference = ground.reference(scenarios["load"])
+    with table.row("load", "instant") as row:
+        killed_at_instants(ground, reference, row, 200 if WHOLE else 3)
     row.assert_well()
 
 
@@ -305,14 +278,12 @@ def killed_at_instants(
 ) -> None:
     """Have the agent killed in so many rounds, each within `around`."""
     chance = random.Random(f"{SEED} {row.scenario}")
-    began = time.monotonic()
     for number in range(rounds):
         seconds = chance.uniform(0.0, 1.5)
         with around():
             taken, problem = ground.round_at(reference, seconds)
         row.note(f"instant {number}, {seconds:.3f} s", taken, problem)
         row.hits += 1
-    row.seconds = time.monotonic() - began
 
 
 FAULTS: Final = {
@@ -338,7 +309,7 @@ def test_a_kill_while_glance_fails_costs_nothing(
     proxy: FaultProxy,
     glance: Glance,
     scenarios: dict[str, Scenario],
-    table: list[Row],
+    table: Table,
 ) -> None:
     @contextmanager
     def failing() -> Iterator[None]:
@@ -353,30 +324,24 @@ def test_a_kill_while_glance_fails_costs_nothing(
             if name == "restart":
                 restart.join()
 
-    ground.scenario = scenarios["raw-cold"]
-    reference = ground.reference()
-    row = Row(scenario=f"glance-{name}", trouble="instant")
-    table.append(row)
-    killed_at_instants(ground, reference, row, 10 if WHOLE else 2, failing)
+    reference = ground.reference(scenarios["raw-cold"])
+    with table.row(f"glance-{name}", "instant") as row:
+        killed_at_instants(ground, reference, row, 10 if WHOLE else 2, failing)
     row.assert_well()
 
 
 def test_a_disk_that_is_really_full_costs_nothing(
-    work: Path, options: Options, scenarios: dict[str, Scenario], table: list[Row]
+    work: Path, options: Options, scenarios: dict[str, Scenario], table: Table
 ) -> None:
-    row = Row(scenario="full-disk", trouble="enospc")
-    table.append(row)
     root = work / "campaign-full"
-    with small_file_system(root / "agent", mib=96):
-        ground = Field(root, options, scenarios["raw-cold"])
+    with table.row("full-disk", "enospc") as row, small_file_system(root / "agent", mib=96):
+        ground = Field(root, options)
         try:
-            reference = ground.reference()
-            began = time.monotonic()
+            reference = ground.reference(scenarios["raw-cold"])
             for free in range(0, 40 * MIB, MIB if WHOLE else 8 * MIB):
                 report = ground.round_with(reference, free)
                 row.rounds += 1
                 row.hits += report is None or report.status is not Status.DONE
-            row.seconds = time.monotonic() - began
         finally:
             ground.close()
     assert row.hits, "the disk was never full"

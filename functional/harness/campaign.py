@@ -29,9 +29,10 @@ from functional.harness.launcher import Launcher
 from functional.harness.steps import Action, Steps, Taken, Trouble
 
 LIMIT_S: Final = 60.0
-# What a job that met an error of the file system gets before the agent is restarted: it may be
-# waiting to write to its journal again.
+# What a job that met an error of the file system gets before the agent is restarted.
 _PATIENCE_S: Final = 3.0
+# Said of a job that waits to write to its journal again, for longer than that.
+_WAITS: Final = "the job runs again in"
 _LOG_TAIL: Final = 3000
 
 Document = Mapping[str, Any]
@@ -82,13 +83,14 @@ class Field:
         options: the agent's.
 
     Attributes:
-        scenario: the one that is on; may be changed between rounds.
+        scenario: the one that is on.
     """
 
-    def __init__(self, root: Path, options: Options, scenario: Scenario) -> None:
+    def __init__(self, root: Path, options: Options) -> None:
         self._root = root
         self._options = options
-        self.scenario = scenario
+        self.scenario = Scenario(name="nothing")
+        self._references: dict[str, Reference] = {}
         self._keys = 0
         self._failed = 0
         self._log_seen = 0
@@ -109,7 +111,7 @@ class Field:
         # Not with the rest, which may be on a disk that is full.
         self.agent.log_path = self._root / "agent.log"
         self.agent.log_path.touch()
-        self._log_seen = len(self.agent.log)
+        self._log_seen = self.agent.log_path.stat().st_size
         self.agent.start()
         self._blank = set(tree_of(self.agent.instances))
 
@@ -131,15 +133,23 @@ class Field:
 
     # Undisturbed
 
-    def reference(self) -> Reference:
-        """Do it twice: what differs between the two may differ in any round."""
-        first, second = self._undisturbed(), self._undisturbed()
+    def reference(self, scenario: Scenario) -> Reference:
+        """Have a scenario on. Do it twice: what differs may differ in any round."""
+        self.scenario = scenario
+        if scenario.name in self._references:
+            return self._references[scenario.name]
+        try:
+            first, second = self._undisturbed(), self._undisturbed()
+        except BaseException:
+            self._begin_anew()
+            raise
         varying = {path for path in first if _VARYING.fullmatch(path)}
         unequal = differences(first, second)
         assert unequal <= varying or self.scenario.guest_writes, f"{unequal - varying} differ"
-        return Reference(
+        self._references[scenario.name] = Reference(
             tree=second, varying=frozenset(varying | unequal), config_drives=self._drives_seen
         )
+        return self._references[scenario.name]
 
     def _undisturbed(self) -> Tree:
         self._bring(self.scenario.before)
@@ -178,7 +188,7 @@ class Field:
             return run(), None
         except Exception as e:  # noqa: BLE001 - whatever it is, the next round shall be
             taken = self.steps.disarm()
-            problem = f"{type(e).__name__}: {e}\n{self.agent.log[self._log_seen :][-_LOG_TAIL:]}"
+            problem = f"{type(e).__name__}: {e}\n{self._log()[-_LOG_TAIL:]}"
             self._begin_anew()
             return taken, problem
 
@@ -287,7 +297,7 @@ class Field:
         found: Tree = {}
         for path in self.agent.instances.glob("*/disk.config"):
             with tempfile.TemporaryDirectory() as into:
-                _tool("xorriso", "-osirrox", "on", "-indev", path, "-extract", "/", into)
+                _tool("xorriso", "-osirrox", "on", "-indev", f"stdio:{path}", "-extract", "/", into)
                 found |= {
                     f"{path.parent.name}/{name}": it for name, it in tree_of(Path(into)).items()
                 }
@@ -314,9 +324,14 @@ class Field:
                 client.remove_image(entry.id)
         left = set(tree_of(self.agent.instances)) - self._blank
         assert not left, f"left behind when all was deleted: {sorted(left)}"
-        log = self.agent.log
-        assert "Traceback (most recent call last)" not in log[self._log_seen :], "a defect of ours"
-        self._log_seen = len(log)
+        assert "Traceback (most recent call last)" not in self._log(), "a defect of ours"
+        self._log_seen = self.agent.log_path.stat().st_size
+
+    def _log(self) -> str:
+        """Return what the agent has logged in this round."""
+        with self.agent.log_path.open("rb") as file:
+            file.seek(self._log_seen)
+            return file.read().decode(errors="replace")
 
     # Asking
 
@@ -380,6 +395,8 @@ class Field:
         with Client(self.agent.socket) as client, suppress(AgentUnavailable):
             for job_id in filter(None, accepted):
                 while not client.job(job_id).status.final and time.monotonic() < deadline:
+                    if _WAITS in self._log():
+                        return
                     time.sleep(0.02)
 
     def _wait_killed_or_final(self, accepted: Sequence[str | None]) -> None:
