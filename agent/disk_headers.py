@@ -7,6 +7,7 @@ file for, or absurd amounts of memory. qcow2 has a module of its own.
 
 import re
 import struct
+from dataclasses import dataclass
 from typing import Final
 
 _SECTOR: Final = 512
@@ -31,6 +32,8 @@ VHDX_TABLE: Final = 64 << 10
 _VHDX_MAX_ITEMS: Final = 2047  # so many fit
 _VHDX_PARENT_LOCATOR: Final = bytes.fromhex("2d5fd3a80bb34d45abf7d3d84834ab0c")
 _VHDX_FILE_PARAMETERS: Final = bytes.fromhex("3767a1ca36fa434db3b633f0aa44e76b")
+_VHDX_SIZE: Final = bytes.fromhex("2442a52f1bcd7648b2115dbed83bf4b8")
+_VHDX_SECTOR_SIZE: Final = bytes.fromhex("1dbf41816fa90947ba47f233a8faab5f")
 
 
 def vhd_size(footer: bytes, kind: int) -> int:
@@ -136,8 +139,17 @@ def check_vmdk_descriptor(descriptor: str) -> None:
         )
 
 
-def vhdx_parameters_offset(table: bytes) -> int:
-    """Return where in the VHDX metadata the file parameters (8 bytes) are, by its table."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VhdxItems:
+    """Where in the VHDX metadata the items are; bytes."""
+
+    parameters: int
+    size: int
+    sector_size: int
+
+
+def vhdx_items(table: bytes) -> VhdxItems:
+    """Return where the items are, by the table at the start of the metadata."""
     (count,) = struct.unpack_from("<H", table, 10)
     if count > _VHDX_MAX_ITEMS:
         raise ValueError(f"the vhdx metadata has {count} entries, not up to {_VHDX_MAX_ITEMS}")
@@ -147,10 +159,18 @@ def vhdx_parameters_offset(table: bytes) -> int:
     }
     if _VHDX_PARENT_LOCATOR in entries:
         raise ValueError("the vhdx metadata has a parent locator; an image must be self-contained")
-    offset = entries.get(_VHDX_FILE_PARAMETERS, 0)
-    if not VHDX_TABLE <= offset < _BLOCK:
-        raise ValueError(f"the vhdx file parameters are at {offset} in the metadata, or missing")
-    return int(offset)
+
+    def offset(identity: bytes, name: str) -> int:
+        found = entries.get(identity, 0)
+        if not VHDX_TABLE <= found < _BLOCK:
+            raise ValueError(f"the vhdx {name} is at {found} in the metadata, or missing")
+        return int(found)
+
+    return VhdxItems(
+        parameters=offset(_VHDX_FILE_PARAMETERS, "file parameters item"),
+        size=offset(_VHDX_SIZE, "virtual size"),
+        sector_size=offset(_VHDX_SECTOR_SIZE, "logical sector size"),
+    )
 
 
 def check_vhdx_parameters(parameters: bytes) -> None:

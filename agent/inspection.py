@@ -70,7 +70,7 @@ class _VHDXInspector(format_inspector.VHDXInspector):
         if not self.has_region("vds") or self.has_region("parameters"):
             return
         metadata = self.region("metadata")
-        offset = disk_headers.vhdx_parameters_offset(bytes(metadata.data))
+        offset = disk_headers.vhdx_items(bytes(metadata.data)).parameters
         self.new_region("parameters", format_inspector.CaptureRegion(metadata.offset + offset, 8))
 
 

@@ -23,6 +23,8 @@ NAMES: Final = (
     "quorum data file",
     "parent locator",
     "qcow2 of which half were uploaded",
+    "vmdk subformat=streamOptimized of which half were uploaded",
+    "vhdx block_size=1M of which 90 % were uploaded",
     "qcow2 with extended L2",
     "vhd",
 )

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from agent import disk_start
+from agent import disk_bounds, disk_start
 from agent.cancellation import Cancellation
 from agent.errors import BootwrightError, ImageUnacceptable
 from agent.files import first_bytes, reporting_no_space
@@ -124,7 +124,7 @@ class PlainIntake:
     def disk(self, verdict: Verdict) -> Path:
         if verdict.format in PLAIN_FORMATS:
             return self._partial.data
-        self._refuse_nested(verdict)
+        self._look(verdict)
         raw = self._partial.raw
         raw.unlink(missing_ok=True)
         self._converter.convert(
@@ -138,18 +138,17 @@ class PlainIntake:
         refuse_nested(self._partial.image.id, first_bytes(raw, HEAD))
         return raw
 
-    def _refuse_nested(self, verdict: Verdict) -> None:
-        """Look at the disk within before anything of QEMU opens the image."""
+    def _look(self, verdict: Verdict) -> None:
+        """Look at tables and at the disk within before anything of QEMU opens the image."""
         image_id = self._partial.image.id
+        data, format_ = self._partial.data, verdict.format
         try:
-            head = disk_start.read(
-                self._partial.data, verdict.format, min(HEAD, verdict.virtual_size)
-            )
+            head = disk_start.read(data, format_, min(HEAD, verdict.virtual_size))
+            disk_bounds.check(data, format_, self._cancellation)
         except ValueError as e:
             raise ImageUnacceptable(
-                f"image {image_id}: the beginning of its disk cannot be read: {e}",
-                "the image is damaged or not what it claims to be: make it anew, with "
-                "'qemu-img convert -O qcow2', and upload that",
+                f"image {image_id}: it is cut short or damaged: {e}",
+                "make it anew, with 'qemu-img convert -O qcow2', and upload that",
             ) from e
         refuse_nested(image_id, head)
 

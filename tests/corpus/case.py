@@ -25,14 +25,12 @@ def honest_answer(data: bytes, offset: int) -> Iterator[bytes]:
 
 
 class By(enum.Enum):
-    """Who has to refuse an image, the first that can."""
+    """Who has to refuse an image, the first that can; no program of QEMU has run then."""
 
     INSPECTION = "inspection"
     """From the bytes alone."""
     CACHE = "cache"
-    """From the record, the flavor, the free space, or while it is decoded; QEMU has not run."""
-    QEMU = "qemu"
-    """qemu-img has run, confined; or what it made of the image is refused."""
+    """From the record, the flavor, the free space, while it is decoded, or from all its tables."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
