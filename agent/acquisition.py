@@ -8,6 +8,7 @@ from agent.errors import InvalidJob
 from agent.host import Host
 from agent.image import Image, require_active
 from agent.job import ImageRef, ImagesType
+from agent.origin import Origin
 from agent.recorder import Recorder
 from agent.report import Progress, Role
 
@@ -49,6 +50,24 @@ class Acquisition:
                 "give image.kernel_id, or set the property kernel_id of the image",
             )
         return {**images, Role.ROOT: root}
+
+    def resolve_again(self, origin: Origin) -> dict[Role, Image]:
+        """Return the images that an earlier run has found, in the order they are fetched.
+
+        Raises:
+            ImageError: as the source says it.
+        """
+        self._trusted = origin.trusted_certificates
+        images = {}
+        for role, image_id in (
+            (Role.KERNEL, origin.kernel),
+            (Role.RAMDISK, origin.ramdisk),
+            (Role.ROOT, origin.root),
+        ):
+            if image_id is not None:
+                images[role] = self._host.image_cache.resolve(image_id, self._cancellation)
+                require_active(images[role])
+        return images
 
     def acquire(
         self,

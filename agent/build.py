@@ -28,6 +28,7 @@ from agent.errors import AgentStopping, BootwrightError, FlavorDiskSmallerThanMi
 from agent.hardware import Hardware
 from agent.host import Host
 from agent.image import Image
+from agent.image_hardware import on_host
 from agent.instances import InstanceRecord
 from agent.job import (
     Action,
@@ -40,6 +41,7 @@ from agent.job import (
     OnFailure,
 )
 from agent.layout import Layout
+from agent.origin import Origin
 from agent.properties import unknown
 from agent.recorder import EndNotRecorded, Recorder
 from agent.removal import remove_disks, remove_instance
@@ -178,6 +180,8 @@ class Build:
             image_id=root.image.id,
             image_digest=root.digest,
             image_properties=dict(root.image.properties),
+            origin=Origin.of(self._image, {role: base.image for role, base in bases.items()}),
+            own_domain=self._request.libvirt.domain_xml is not None,
             images_type=self._images_type,
             metadata=self._instance.metadata,
             iotune=self._flavor.iotune,
@@ -199,13 +203,10 @@ class Build:
                 image.id,
                 ", ".join(ignored),
             )
-        hardware = Hardware.wanted_by(image.properties)
+        hardware = on_host(image.properties, self._host.hypervisor)
         if hardware.topology is not None:
             hardware.topology.fit(self._flavor.vcpus)
-        if not hardware.asks_host:
-            return hardware
-        offers = self._host.hypervisor.offers(hardware.machine)
-        return hardware.on(secure_boot=offers.secure_boot, tpm=offers.tpm)
+        return hardware
 
     def _known(self) -> InstanceRecord | None:
         return self._host.instances.get(self._uuid)

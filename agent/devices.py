@@ -12,7 +12,7 @@ from typing import Final
 
 from agent.disk import Disk
 from agent.hardware import Bus, Hardware
-from agent.job import Network
+from agent.job import ConfigDriveFormat, Network
 from agent.properties import choice, refused
 from agent.report import Role
 
@@ -61,6 +61,27 @@ def assign_devices(
     if on_ide > _IDE_DISKS:
         raise refused("hw_disk_bus", "ide", f"it has {_IDE_DISKS} places for {on_ide} disks")
     return tuple(assigned)
+
+
+def reassign_devices(
+    disks: Sequence[Disk], hardware: Hardware, instance_uuid: str
+) -> tuple[Disk, ...]:
+    """As `assign_devices`, for disks that other hardware may have given other places before.
+
+    The `device` of a root disk counts as it is.
+    """
+
+    def planned(disk: Disk) -> Disk:
+        if disk.role is Role.ROOT:
+            return dataclasses.replace(disk, read_only=False)
+        cdrom = disk.guest_format == ConfigDriveFormat.ISO9660
+        return dataclasses.replace(
+            disk,
+            device="cdrom" if cdrom else "disk",
+            read_only=disk.role is Role.CONFIG_DRIVE,
+        )
+
+    return assign_devices([planned(disk) for disk in disks], hardware, instance_uuid)
 
 
 def rescue_bus(properties: Mapping[str, str], usual: str) -> tuple[str, str]:

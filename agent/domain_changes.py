@@ -102,6 +102,16 @@ def devices_of(xml: str) -> set[str]:
     return {name for target in targets if (name := target.get("dev")) is not None}
 
 
+def sources_of(xml: str) -> set[str]:
+    """Return where the disks of a domain are: paths, or `pool/image` in a cluster."""
+    return {
+        found
+        for source in etree.fromstring(xml.encode()).iterfind("devices/disk/source")
+        for attribute in ("file", "dev", "name")
+        if (found := source.get(attribute)) is not None
+    }
+
+
 def kernel_of(xml: str) -> Path | None:
     """Return the kernel that QEMU boots a domain with by itself."""
     text = etree.fromstring(xml.encode()).findtext("os/kernel")

@@ -361,14 +361,18 @@ def _interface(devices: etree._Element, network: Network, spec: DomainSpec) -> N
         add(interface, "source", network=network.network)
     else:
         add(interface, "source", bridge=network.bridge)
-    add(interface, "model", type=spec.hardware.nic_model)
-    if (
-        spec.hardware.nic_multiqueue
-        and spec.hardware.nic_model is NicModel.VIRTIO
-        and spec.vcpus > 1
-    ):
+    set_model(interface, spec.hardware, spec.vcpus)
+
+
+def set_model(interface: etree._Element, hardware: Hardware, vcpus: int) -> None:
+    """Make a network card, new or with a model of its own, one that the image asks for."""
+    for tag in ("model", "driver"):
+        for present in interface.findall(tag):
+            interface.remove(present)
+    add(interface, "model", type=hardware.nic_model)
+    if hardware.nic_multiqueue and hardware.nic_model is NicModel.VIRTIO and vcpus > 1:
         # As many as processors, up to what a tap device has.
-        add(interface, "driver", queues=str(min(spec.vcpus, _MOST_QUEUES)))
+        add(interface, "driver", queues=str(min(vcpus, _MOST_QUEUES)))
 
 
 def _console(devices: etree._Element, spec: DomainSpec) -> None:

@@ -241,6 +241,17 @@ class Hardware:
         """Whether it depends on what the host has; see `on`."""
         return self.secure_boot is not SecureBoot.DISABLED or self.tpm_model is not None
 
+    @property
+    def nonvolatile(self) -> tuple[object, ...] | None:
+        """What has to be the same for the variables of its firmware and its TPM to be of use to it.
+
+        None if it has neither, and keeps nothing of its own while it is off.
+        """
+        uefi = self.firmware is Firmware.UEFI and not self.firmware_stateless
+        if not uefi and self.tpm_model is None:
+            return None
+        return self.machine, uefi, self.secure_boot, self.tpm_model, self.tpm_version
+
     def on(self, *, secure_boot: bool, tpm: bool) -> Self:
         """Return what becomes of it on a host with or without such firmware and an emulated TPM.
 

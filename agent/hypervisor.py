@@ -346,17 +346,24 @@ class Hypervisor:
 
         def work(connection: Connection) -> None:
             with _passing_over_missing():
-                domain = connection.lookupByUUIDString(uuid)
-                try:
-                    domain.undefineFlags(_METADATA)
-                except libvirt.libvirtError as e:
-                    # Drivers without firmware or checkpoints do not know the
-                    # flags for them, and have nothing to forget.
-                    if e.get_error_code() != libvirt.VIR_ERR_INVALID_ARG:
-                        raise
-                    domain.undefine()
+                _undefine(connection.lookupByUUIDString(uuid))
 
         self._work(f"undefining domain {uuid} at", work)
+
+    def define_anew(self, uuid: str, before: str, xml: str) -> None:
+        """Define a domain that does not run without what its firmware and its TPM have kept.
+
+        `before`: the domain that they belong to; libvirt forgets them with it. Whether it
+        starts with the host stays.
+        """
+
+        def work(connection: Connection) -> None:
+            domain = connection.defineXML(before)
+            starts_with_host = domain.autostart()
+            _undefine(domain)
+            connection.defineXML(xml).setAutostart(starts_with_host)
+
+        self._work(f"defining domain {uuid} anew at", work)
 
     def close(self) -> None:
         """Give up the connection; the next call opens another."""
@@ -392,6 +399,17 @@ def _passing_over_missing() -> Iterator[None]:
     except libvirt.libvirtError as e:
         if e.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
             raise
+
+
+def _undefine(domain: Domain) -> None:
+    try:
+        domain.undefineFlags(_METADATA)
+    except libvirt.libvirtError as e:
+        # Drivers without firmware or checkpoints do not know the
+        # flags for them, and have nothing to forget.
+        if e.get_error_code() != libvirt.VIR_ERR_INVALID_ARG:
+            raise
+        domain.undefine()
 
 
 def _state(domain: Domain) -> str:

@@ -28,6 +28,7 @@ from agent.files import (
     write_durably,
 )
 from agent.job import ImagesType
+from agent.origin import Origin
 from agent.report import Role
 from agent.write_path import BLOCK
 
@@ -42,6 +43,8 @@ class Rescue:
     """Of an instance that runs another image for the time being."""
 
     job_id: str
+    origin: Origin | None = None
+    """Of the rescue disk; None in a record of an older release."""
     domain_xml: str
     """The domain as it was, and will be again."""
     was_running: bool
@@ -49,11 +52,16 @@ class Rescue:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rebuild:
-    """Of an instance some of whose disks are being replaced."""
+    """Of an instance that is getting another root disk, and still has its own."""
 
     job_id: str
-    replaced: tuple[Disk, ...]
-    """What goes; empty once it is gone."""
+    origin: Origin
+    image_digest: str | None
+    image_properties: dict[str, str]
+    disks: tuple[Disk, ...]
+    """All that it will have."""
+    domain_xml: str | None
+    """The domain as it was; None if it had none."""
     was_running: bool
 
 
@@ -71,6 +79,10 @@ class InstanceRecord:
     image_digest: str | None = None
     image_properties: dict[str, str] = field(default_factory=dict)
     """Of the root's image when it was made."""
+    origin: Origin | None = None
+    """Of the root disk; None in a record of an older release."""
+    own_domain: bool = False
+    """Whether its owner has written its domain, so that the image has no say in that."""
     images_type: ImagesType
     """The backend that made its root disk, whatever the host's default is by now."""
     metadata: dict[str, str] = field(default_factory=dict)
@@ -82,19 +94,25 @@ class InstanceRecord:
     """The last job that ended a rescue: run again, it has nothing left to do."""
     rebuild: Rebuild | None = None
     rebuilt_by: str | None = None
-    """The last job that rebuilt it to the end: it must not do so twice."""
+    """The last job whose disks have taken the place of others: it must not do so twice."""
+    replaced: tuple[Disk, ...] = ()
+    """Those others, until they are gone."""
 
     @property
     def root(self) -> Disk:
         return next(disk for disk in self.disks if disk.role is Role.ROOT)
 
     @property
+    def every_disk(self) -> tuple[Disk, ...]:
+        """Every disk of which there may be something, each once: also what comes and what goes."""
+        coming = () if self.rebuild is None else self.rebuild.disks
+        every = (*self.disks, *coming, *self.replaced)
+        return tuple({disk.path: disk for disk in every}.values())
+
+    @property
     def base_names(self) -> frozenset[str]:
         """The bases that some disk of it stands on."""
-        replaced = () if self.rebuild is None else self.rebuild.replaced
-        return frozenset(
-            disk.base_name for disk in (*self.disks, *replaced) if disk.base_name is not None
-        )
+        return frozenset(disk.base_name for disk in self.every_disk if disk.base_name is not None)
 
 
 _RECORD = TypeAdapter(InstanceRecord)

@@ -40,6 +40,8 @@ class Domain(Protocol):
     def managedSaveRemove(self, flags: int) -> int: ...  # noqa: N802
     def XMLDesc(self, flags: int) -> str: ...  # noqa: N802
     def blockResize(self, disk: str, size: int, flags: int) -> int: ...  # noqa: N802
+    def autostart(self) -> int: ...
+    def setAutostart(self, autostart: int) -> int: ...  # noqa: N802
     def undefine(self) -> int: ...
     def undefineFlags(self, flags: int) -> int: ...  # noqa: N802
     def metadata(self, type: int, uri: str) -> str: ...  # noqa: A002

@@ -55,9 +55,6 @@ class LostBases:
     def _lost(self) -> dict[str, list[InstanceRecord]]:
         found: dict[str, list[InstanceRecord]] = {}
         for record in self._instances.all():
-            # Of an instance that is being rebuilt nobody knows which base it will need.
-            if record.rebuild is None and any(
-                not link.path.exists() for link in record.root.backing_chain
-            ):
+            if any(not link.path.exists() for link in record.root.backing_chain):
                 found.setdefault(record.image_id, []).append(record)
         return found

@@ -1,32 +1,53 @@
 """Rebuild: an instance gets a new root disk, kernel and ramdisk, of an image that may be another.
 
-It keeps its name, uuid, addresses and domain, the size of its root disk, and its
-ephemeral and swap disks. What its root held is lost; the new image is in the
-cache before any of that goes.
+It keeps its name, uuid and addresses, the size of its root disk, and its
+ephemeral and swap disks. What its root held is lost, but not before its domain
+has started on the new one:
 
-Each step is in `instance.json` before it is taken, so a rebuild that a crash
-interrupts goes on, and one that fails can be done again:
+    planned     `instance.json` has what comes beside what is
+    prepared    the new disks, under names of their own; the guest still runs
+    accepted    the new domain, by libvirt; the guest still runs
+    switched    powered off, and started on the new disks if it ran
+    recorded    what was new is the instance now: no way back from here
+    removed     the old disks
 
-    replaced    the old disks, until they are gone
-    disks       the new ones, made when nothing is left to be replaced
+Until it is recorded a rebuild that fails leaves the instance as it was; one that
+a crash interrupts goes on in either case.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from agent import domain_changes
 from agent.acquisition import Acquisition
-from agent.base import Base
+from agent.base import GIB, Base
 from agent.cancellation import Cancellation
 from agent.change import Change, is_running
+from agent.devices import reassign_devices
+from agent.disk import Disk
 from agent.domain_changes import Kernel
-from agent.errors import InvalidJob
+from agent.domain_remade import ram_mib, remade
+from agent.errors import (
+    AgentStopping,
+    BackendError,
+    BootwrightError,
+    FlavorDiskSmallerThanMinDisk,
+    ImageUnacceptable,
+    InvalidJob,
+)
 from agent.hardware import Hardware
 from agent.host import Host
+from agent.image import Image
+from agent.image_hardware import on_host
 from agent.instances import InstanceRecord, Rebuild
-from agent.job import ImagesType, JobRequest
+from agent.job import ImagesType, JobRequest, OnFailure
+from agent.origin import Origin
 from agent.recorder import Recorder
 from agent.report import ImageReport, Role, Status, TaskState
+
+LOG = logging.getLogger(__name__)
 
 _REPLACED = (Role.KERNEL, Role.RAMDISK, Role.ROOT)
 
@@ -37,131 +58,302 @@ def rebuild(
     """Do a rebuild job, and record the result.
 
     Raises:
-        InvalidJob: the instance is being rescued, or the image wants another machine.
+        InvalidJob: the instance is being rescued, or the image does not go with its domain.
         FlavorDiskSmallerThanImage: the root disk cannot hold the image.
-        BootwrightError: it failed. Before the first disk went the instance is as it was,
-            afterwards it can only be rebuilt again.
+        BackendError: the old disks are in the way; if so it is said that the new one is in place.
+        BootwrightError: it failed; with `on_failure: cleanup` all is as before.
     """
     change = Change(host, request, recorder, cancellation)
-    acquisition = Acquisition(host, recorder, cancellation)
-    with change.held() as record:
+    with change.held() as held:
+        record = held
         if record.rescue is not None:
             change.require_settled(record)
-        try:
-            _rebuild(change, record, acquisition)
-        finally:
-            acquisition.release()
+        # An earlier run of this very job may have got so far.
+        if record.rebuilt_by != change.job_id:
+            acquisition = Acquisition(host, recorder, cancellation)
+            try:
+                record = _rebuild(change, record, acquisition)
+            except AgentStopping:
+                raise
+            except Exception:
+                if request.on_failure is OnFailure.CLEANUP:
+                    _undo(change)
+                raise
+            finally:
+                acquisition.release()
+        _remove_replaced(change, record)
         state = change.note_domain() if change.state(record) is not None else None
     recorder.finish(
         Status.ACTIVE if is_running(state) else Status.DONE, "the instance has its new root disk"
     )
 
 
-def _rebuild(change: Change, record: InstanceRecord, acquisition: Acquisition) -> None:
-    host, recorder = change.host, change.recorder
-    if change.request.image is None:
+def _rebuild(change: Change, record: InstanceRecord, acquisition: Acquisition) -> InstanceRecord:
+    """Return the instance with its new disks; it still has the old ones too."""
+    host, recorder, wanted = change.host, change.recorder, change.request.image
+    if wanted is None:
         raise AssertionError("the job's schema guarantees the image")
-    if record.rebuilt_by == change.job_id:
-        return  # an earlier run of this very job came to its end but for the last word
     change.cancellation.check()
     recorder.phase(TaskState.IMAGE_RESOLVING)
-    state = change.state(record)
-    images = acquisition.resolve(change.request.image)
-    _require_same_hardware(record, images[Role.ROOT].properties)
+    record = _settled(change, record)
+    change.state(record)  # for what it says of a domain that is not ours
+    plan = record.rebuild
+    images = acquisition.resolve(wanted) if plan is None else acquisition.resolve_again(plan.origin)
+    if plan is None:
+        _require_possible(change, record, images[Role.ROOT])
     bases = acquisition.acquire(
         images, images_type=record.root.backend, max_virtual_size=record.root.virtual_size
     )
     root = bases[Role.ROOT]
     recorder.note(image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin))
     recorder.phase(TaskState.REBUILDING)
-    if record.rebuild is None or record.rebuild.job_id != change.job_id:
-        # The last chance: from here on the old disk goes, whatever anybody wishes.
-        change.cancellation.check()
-        record = _planned(change, record, bases, running=is_running(state))
-    if record.rebuild is None:
-        raise AssertionError("it has just been written")
-    if record.rebuild.replaced:
-        host.hypervisor.destroy(change.uuid)
-        # Its memory knows the old disk, and would be written to the new one.
-        host.hypervisor.discard_saved_state(change.uuid)
-        for disk in record.rebuild.replaced:
-            host.backends[disk.backend].remove(disk, change.home)
-        record = change.save(replace(record, rebuild=replace(record.rebuild, replaced=())))
-    for disk in record.disks:
+    if plan is None:
+        plan = _planned(change, record, bases, Origin.of(wanted, images))
+        record = change.save(replace(record, rebuild=plan))
+    for disk in plan.disks:
         if disk.role in _REPLACED:
             host.backends[disk.backend].prepare(disk, bases[disk.role], change.cancellation)
-    if state is not None:
-        xml = host.hypervisor.xml(change.uuid)
-        kernel = _kernel(change, record, root, xml)
-        host.hypervisor.define(domain_changes.changed(host, record, xml, kernel=kernel))
-        if record.rebuild is not None and record.rebuild.was_running:
-            host.hypervisor.start(change.uuid)
-    change.save(replace(record, rebuild=None, rebuilt_by=change.job_id))
-
-
-def _require_same_hardware(record: InstanceRecord, properties: Mapping[str, str]) -> None:
-    has, wants = Hardware.wanted_by(record.image_properties), Hardware.wanted_by(properties)
-    if (has.machine, has.firmware, has.disk_bus) == (wants.machine, wants.firmware, wants.disk_bus):
-        return
-    raise InvalidJob(
-        f"the image wants machine {wants.machine}, firmware {wants.firmware} and disks on "
-        f"{wants.disk_bus}; instance {record.name} has {has.machine}, {has.firmware} and "
-        f"{has.disk_bus}",
-        "delete the instance and boot it anew, or take an image with the same properties",
-    )
-
-
-def _planned(
-    change: Change, record: InstanceRecord, bases: Mapping[Role, Base], *, running: bool
-) -> InstanceRecord:
-    """Write down what goes and what comes; from here on there is no way back."""
-    backends, home, old = change.host.backends, change.home, record.root
-    flat = backends[ImagesType.RAW]
-    boot_files = [
-        flat.plan(home, role, role.value, bases[role], bases[role].virtual_size)
-        for role in (Role.KERNEL, Role.RAMDISK)
-        if role in bases
-    ]
-    root = backends[old.backend].plan(home, Role.ROOT, "disk", bases[Role.ROOT], old.virtual_size)
-    root = replace(
-        root,
-        device=old.device,
-        bus=old.bus,
-        device_name=old.device_name,
-        serial=old.serial,
-        boot_index=old.boot_index,
-        read_only=old.read_only,
-    )
-    replaced = tuple(disk for disk in record.disks if disk.role in _REPLACED)
-    kept = tuple(disk for disk in record.disks if disk.role not in _REPLACED)
-    # Of one that failed half way some may be left, and whether it ran is in its record.
-    before = record.rebuild
-    image = bases[Role.ROOT].image
+    new = _rebuilt(record, plan)
+    _switch(change, record, new, plan)
     return change.save(
         replace(
-            record,
-            image_id=image.id,
-            image_digest=bases[Role.ROOT].digest,
-            image_properties=dict(image.properties),
-            disks=(*boot_files, root, *kept),
-            rebuild=Rebuild(
-                job_id=change.job_id,
-                replaced=(*replaced, *(() if before is None else before.replaced)),
-                was_running=running if before is None else before.was_running,
-            ),
+            new,
+            rebuilt_by=change.job_id,
+            replaced=tuple(disk for disk in record.disks if disk.role in _REPLACED),
         )
     )
 
 
-def _kernel(change: Change, record: InstanceRecord, root: Base, xml: str) -> Kernel | None:
+# What it will be
+
+
+def _require_possible(change: Change, record: InstanceRecord, image: Image) -> None:
+    """Raises: ImageUnacceptable, InvalidJob, FlavorDiskSmallerThanMinDisk: before a long fetch."""
+    size = record.root.virtual_size
+    if image.min_disk * GIB > size:
+        raise FlavorDiskSmallerThanMinDisk(
+            f"image {image.id} asks for a disk of {image.min_disk} GiB (min_disk), the root disk "
+            f"of instance {record.name} has {size} bytes",
+            f"resize it first: bootwright instance resize {record.name}",
+        )
+    has_config_drive = any(disk.role is Role.CONFIG_DRIVE for disk in record.disks)
+    if image.properties.get("img_config_drive") == "mandatory" and not has_config_drive:
+        raise InvalidJob(
+            f"image {image.id} wants a config drive, and instance {record.name} has none",
+            "delete the instance and boot it anew",
+        )
+    hardware = on_host(image.properties, change.host.hypervisor)
+    if change.state(record) is None:
+        return
+    ram = ram_mib(change.host.hypervisor.xml(change.uuid))
+    if image.min_ram > ram:
+        raise InvalidJob(
+            f"image {image.id} asks for {image.min_ram} MiB of memory (min_ram), instance "
+            f"{record.name} has {ram} MiB",
+            f"resize it first: bootwright instance resize {record.name}",
+        )
+    if not record.own_domain:
+        return
+    iso, has_cdrom = image.disk_format == "iso", record.root.device == "cdrom"
+    if iso is not has_cdrom or _had(change, record, image.properties, hardware) != hardware:
+        raise InvalidJob(
+            f"image {image.id} asks for other hardware than that of instance {record.name}, whose "
+            "domain is its owner's own",
+            "delete the instance and boot it anew, or take an image with the same properties",
+        )
+
+
+def _planned(
+    change: Change, record: InstanceRecord, bases: Mapping[Role, Base], origin: Origin
+) -> Rebuild:
+    backends, home, old = change.host.backends, change.home, record.root
+    flat = backends[ImagesType.RAW]
+    taken = {disk.path for disk in record.disks}
+
+    def boot_file(role: Role, base: Base) -> Disk:
+        return _beside(
+            taken, role.value, lambda name: flat.plan(home, role, name, base, base.virtual_size)
+        )
+
+    base = bases[Role.ROOT]
+    root = _beside(
+        taken,
+        "disk",
+        lambda name: backends[old.backend].plan(home, Role.ROOT, name, base, old.virtual_size),
+    )
+    device = "cdrom" if base.image.disk_format == "iso" else "disk"
+    disks = (
+        *(boot_file(role, bases[role]) for role in (Role.KERNEL, Role.RAMDISK) if role in bases),
+        replace(root, device=device),
+        *(disk for disk in record.disks if disk.role not in _REPLACED),
+    )
+    hypervisor = change.host.hypervisor
+    hardware = on_host(base.image.properties, hypervisor)
+    state = change.state(record)
+    return Rebuild(
+        job_id=change.job_id,
+        origin=origin,
+        image_digest=base.digest,
+        image_properties=dict(base.image.properties),
+        disks=reassign_devices(disks, hardware, change.uuid),
+        domain_xml=None if state is None else hypervisor.xml(change.uuid),
+        was_running=is_running(state),
+    )
+
+
+def _beside(taken: set[Path], name: str, plan: Callable[[str], Disk]) -> Disk:
+    """Return the disk of that name, or of another if there is one already."""
+    disk = plan(name)
+    return disk if disk.path not in taken else plan(f"{name}.rebuilt")
+
+
+def _rebuilt(record: InstanceRecord, plan: Rebuild) -> InstanceRecord:
+    return replace(
+        record,
+        image_id=plan.origin.root,
+        image_digest=plan.image_digest,
+        image_properties=plan.image_properties,
+        origin=plan.origin,
+        disks=plan.disks,
+        rebuild=None,
+    )
+
+
+# Its domain
+
+
+def _switch(change: Change, old: InstanceRecord, new: InstanceRecord, plan: Rebuild) -> None:
+    """Have the domain run on the new disks if it ran, or be ready to."""
+    hypervisor, before = change.host.hypervisor, plan.domain_xml
+    if before is None or _runs_on(change, new.root):
+        return
+    hardware = on_host(new.image_properties, hypervisor)
+    had = _had(change, old, new.image_properties, hardware)
+    xml = _domain(change, old, new, before, hardware, same=had == hardware)
+    # What runs is not touched by that; only what libvirt has accepted takes its place.
+    hypervisor.define(xml)
+    change.cancellation.check()
+    hypervisor.destroy(change.uuid)
+    # Its memory knows the old disk, and would be written to the new one.
+    hypervisor.discard_saved_state(change.uuid)
+    if had is None or had.nonvolatile not in (None, hardware.nonvolatile):
+        hypervisor.define_anew(change.uuid, before, xml)
+    if plan.was_running:
+        hypervisor.start(change.uuid)
+
+
+def _domain(
+    change: Change,
+    old: InstanceRecord,
+    new: InstanceRecord,
+    xml: str,
+    hardware: Hardware,
+    *,
+    same: bool,
+) -> str:
+    kernel = _kernel(change, new, xml)
+    if same and _places(old) == _places(new):
+        return domain_changes.changed(change.host, new, xml, kernel=kernel)
+    names = frozenset(disk.device_name for disk in old.disks if disk.device_name is not None)
+    nothing = Kernel(kernel=None, ramdisk=None, command_line=None)
+    return remade(
+        change.host, new, xml, hardware=hardware, kernel=kernel or nothing, replaced=names
+    )
+
+
+def _places(record: InstanceRecord) -> list[tuple[str, str | None, str | None, bool]]:
+    return [(disk.device, disk.bus, disk.device_name, disk.read_only) for disk in _attached(record)]
+
+
+def _attached(record: InstanceRecord) -> list[Disk]:
+    return [disk for disk in record.disks if disk.device_name is not None]
+
+
+def _had(
+    change: Change, record: InstanceRecord, properties: Mapping[str, str], hardware: Hardware
+) -> Hardware | None:
+    """Return the hardware that the instance was made with; None if it is not to be had any more.
+
+    `properties`: of an image that asks for `hardware`.
+    """
+    if dict(properties) == record.image_properties:
+        return hardware
+    try:
+        return on_host(record.image_properties, change.host.hypervisor)
+    except ImageUnacceptable:
+        return None
+
+
+def _kernel(change: Change, record: InstanceRecord, xml: str) -> Kernel | None:
     """Return what the domain boots with now; None if it keeps a kernel of its owner's own."""
     paths = {disk.role: disk.path for disk in record.disks}
     present = domain_changes.kernel_of(xml)
     if Role.KERNEL not in paths and (present is None or present.parent != change.home.directory):
         return None
-    given = None if change.request.image is None else change.request.image.os_command_line
     return Kernel(
         kernel=paths.get(Role.KERNEL),
         ramdisk=paths.get(Role.RAMDISK),
-        command_line=given or root.image.properties.get("os_command_line"),
+        command_line=None if record.origin is None else record.origin.command_line,
     )
+
+
+def _runs_on(change: Change, root: Disk) -> bool:
+    """Whether what runs right now has that root disk."""
+    hypervisor = change.host.hypervisor
+    return is_running(hypervisor.state(change.uuid)) and (
+        str(root.path) in domain_changes.sources_of(hypervisor.xml(change.uuid, live=True))
+    )
+
+
+# Its end
+
+
+def _remove_replaced(change: Change, record: InstanceRecord) -> InstanceRecord:
+    for disk in record.replaced:
+        try:
+            change.host.backends[disk.backend].remove(disk, change.home)
+        except BackendError as e:
+            raise BackendError(
+                f"the instance has its new root disk, but the old one is still there: {e.message}",
+                e.hint,
+            ) from e
+    return change.save(replace(record, replaced=())) if record.replaced else record
+
+
+def _settled(change: Change, record: InstanceRecord) -> InstanceRecord:
+    """Return the instance without what another rebuild has left of itself."""
+    if record.rebuild is not None and record.rebuild.job_id != change.job_id:
+        record = _reverted(change, record, record.rebuild)
+    return _remove_replaced(change, record)
+
+
+def _reverted(change: Change, record: InstanceRecord, plan: Rebuild) -> InstanceRecord:
+    """Bring back what was; done already is fine."""
+    hypervisor = change.host.hypervisor
+    if plan.domain_xml is not None:
+        if _runs_on(change, _rebuilt(record, plan).root):
+            hypervisor.destroy(change.uuid)
+        hypervisor.define(plan.domain_xml)
+        if plan.was_running:
+            hypervisor.start(change.uuid)
+    for disk in plan.disks:
+        if disk.role in _REPLACED:
+            change.host.backends[disk.backend].remove(disk, change.home)
+    return change.save(replace(record, rebuild=None))
+
+
+def _undo(change: Change) -> None:
+    """Bring back what was, unless the new disks are the instance's already; never raises."""
+    record = change.host.instances.get(change.uuid)
+    if record is None or record.rebuild is None:
+        return
+    try:
+        _reverted(change, record, record.rebuild)
+    except BootwrightError as e:
+        LOG.error(
+            "instance %s is left half rebuilt: %s; 'bootwright instance rebuild %s' begins by "
+            "bringing back what was",
+            change.uuid,
+            e,
+            change.uuid,
+        )

@@ -41,6 +41,6 @@ def remove_disks(host: Host, record: InstanceRecord) -> None:
         InvalidJob: the configuration has lost the backend of a disk.
     """
     home = Home(uuid=record.uuid, directory=host.instances.directory_of(record.uuid))
-    for disk in record.disks:
+    for disk in record.every_disk:
         host.backends[disk.backend].remove(disk, home)
     host.instances.remove(record.uuid)

@@ -18,9 +18,11 @@ from agent.disk import Disk
 from agent.domain_changes import Kernel
 from agent.errors import AgentStopping, BootwrightError, InvalidJob
 from agent.host import Host
+from agent.image import Image
 from agent.instances import InstanceRecord, Rescue
 from agent.job import ImageRef, ImagesType, JobRequest, OnFailure
 from agent.layout import SECTOR
+from agent.origin import Origin
 from agent.recorder import Recorder
 from agent.report import ImageReport, Role, Status, TaskState
 
@@ -92,7 +94,7 @@ def unrescue(
 def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> None:
     host, recorder = change.host, change.recorder
     recorder.phase(TaskState.IMAGE_RESOLVING)
-    images = acquisition.resolve(change.request.image or ImageRef(id=record.image_id))
+    images, origin = _images(change.request, record, acquisition)
     bases = acquisition.acquire(images, images_type=record.images_type, max_virtual_size=None)
     root = bases[Role.ROOT]
     recorder.note(image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin))
@@ -105,6 +107,7 @@ def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> 
                 disks=(*record.disks, *_planned(change, record, bases, xml)),
                 rescue=Rescue(
                     job_id=change.job_id,
+                    origin=origin,
                     domain_xml=xml,
                     was_running=is_running(host.hypervisor.state(change.uuid)),
                 ),
@@ -117,7 +120,7 @@ def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> 
     change.cancellation.check()
     disk = by_role[Role.RESCUE]
     if not _runs_rescue(change, record):
-        kernel = _kernel(by_role, change.request, root)
+        kernel = _kernel(by_role, origin)
         xml = domain_changes.changed(
             host, record, _original(record), kernel=kernel, boots_from=disk
         )
@@ -126,6 +129,22 @@ def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> 
         host.hypervisor.destroy(change.uuid)
         host.hypervisor.start(change.uuid)
     change.note_domain()
+
+
+def _images(
+    request: JobRequest, record: InstanceRecord, acquisition: Acquisition
+) -> tuple[dict[Role, Image], Origin]:
+    """Return what to boot: the images that the first run of this very job has found, if any."""
+    if record.rescue is not None and record.rescue.origin is not None:
+        return acquisition.resolve_again(record.rescue.origin), record.rescue.origin
+    if request.image is None and record.origin is not None:
+        images = acquisition.resolve_again(record.origin)
+        # A command line that the job of the boot gave is for the root disk it made.
+        command_line = images[Role.ROOT].properties.get("os_command_line")
+        return images, replace(record.origin, command_line=command_line)
+    wanted = request.image or ImageRef(id=record.image_id)
+    images = acquisition.resolve(wanted)
+    return images, Origin.of(wanted, images)
 
 
 def _undo(change: Change) -> None:
@@ -174,16 +193,13 @@ def _planned(
     return disks
 
 
-def _kernel(by_role: dict[Role, Disk], request: JobRequest, root: Base) -> Kernel:
+def _kernel(by_role: dict[Role, Disk], origin: Origin) -> Kernel:
     kernel, ramdisk = by_role.get(Role.RESCUE_KERNEL), by_role.get(Role.RESCUE_RAMDISK)
-    given = None if request.image is None else request.image.os_command_line
     device = by_role[Role.RESCUE].device_name
     return Kernel(
         kernel=None if kernel is None else kernel.path,
         ramdisk=None if ramdisk is None else ramdisk.path,
-        command_line=given
-        or root.image.properties.get("os_command_line")
-        or f"root=/dev/{device} console=ttyS0",
+        command_line=origin.command_line or f"root=/dev/{device} console=ttyS0",
     )
 
 
@@ -193,7 +209,7 @@ def _runs_rescue(change: Change, record: InstanceRecord) -> bool:
     if not is_running(hypervisor.state(change.uuid)):
         return False
     disk = next(disk for disk in record.disks if disk.role is Role.RESCUE)
-    return str(disk.path) in hypervisor.xml(change.uuid, live=True)
+    return str(disk.path) in domain_changes.sources_of(hypervisor.xml(change.uuid, live=True))
 
 
 def _end(change: Change) -> None:

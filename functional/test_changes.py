@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from lxml import etree
 
-from functional.conftest import Images
+from functional.conftest import Images, boot_files
 from functional.harness import guest as guests
 from functional.harness.agent import USER, Agent
 from functional.harness.console import Seen, wait_ready
 from functional.harness.glance import Glance
-from functional.harness.guest import CONSOLE_PREFIX, Variant
+from functional.harness.guest import CONSOLE_PREFIX, Guest, Variant
 from functional.harness.libvirtd import PrivateLibvirtd
 
 GIB = 1 << 30
@@ -223,3 +223,63 @@ def test_rebuild_replaces_the_root_disk_and_keeps_the_others(
     assert link is not None
     assert link.get("file") == str(agent.base(image_id))
     agent.json("image", "remove", images.root)
+
+
+def test_guest_that_cannot_be_rebuilt_runs_on(
+    agent: Agent, images: Images, glance: Glance, other: Variant, libvirtd: PrivateLibvirtd
+) -> None:
+    uuid = boot(agent, images.root)["instance"]["uuid"]
+    pid, xml = libvirtd.qemu_pid(NAME), libvirtd.virsh("dumpxml", NAME, "--inactive")
+    before = agent.json("instance", "show", NAME)
+    properties = {
+        **boot_files(images.kernel, images.ramdisk),
+        "hw_machine_type": "pc-i440fx-0.1",
+    }
+    image_id = glance.upload(other.root, disk_format="raw", properties=properties)
+
+    failed = agent.run("instance", "rebuild", NAME, "--image", image_id)
+
+    assert failed.returncode == 1
+    assert "pc-i440fx-0.1" in failed.stderr
+    assert libvirtd.qemu_pid(NAME) == pid
+    assert libvirtd.virsh("dumpxml", NAME, "--inactive") == xml
+    assert agent.json("instance", "show", NAME) == before
+    files = {path.name for path in (agent.instances / uuid).iterdir()}
+    assert files == {"console.log", "disk", "instance.json", "kernel", "ramdisk"}
+
+
+@pytest.fixture
+def secure_image(glance: Glance, images: Images, other: Variant) -> str:
+    properties = {
+        **boot_files(images.kernel, images.ramdisk),
+        "hw_firmware_type": "uefi",
+        "os_secure_boot": "required",
+        "hw_tpm_model": "tpm-crb",
+        "hw_disk_bus": "scsi",
+        "hw_scsi_model": "lsilogic",
+    }
+    return glance.upload(other.root, disk_format="raw", properties=properties)
+
+
+def test_rebuilt_instance_has_the_hardware_its_new_image_asks_for(
+    agent: Agent, images: Images, guest: Guest, secure_image: str, libvirtd: PrivateLibvirtd
+) -> None:
+    boot(agent, images.root)
+    libvirtd.virsh("autostart", NAME)
+
+    result = agent.json("instance", "rebuild", NAME, "--image", secure_image)
+
+    assert result["status"] == "ACTIVE"
+    running = domain(libvirtd)
+    assert running.xpath("os/loader/@secure") == ["yes"]
+    assert running.xpath("devices/tpm/@model") == ["tpm-crb"]
+    assert running.xpath("devices/controller[@type='scsi']/@model") == ["lsilogic"]
+    assert running.xpath("devices/disk/target/@dev") == ["sda"]
+    assert len(libvirtd.kept()) == 2
+
+    agent.json("instance", "rebuild", NAME, "--image", images.root)
+
+    seen = ready(agent, boots=max(1, console(agent).count(f"{CONSOLE_PREFIX}guest")))
+    assert (seen.content_sha256, seen.disks) == (guest.content_sha256, {"vda": GIB})
+    assert libvirtd.kept() == []
+    assert libvirtd.virsh("list", "--all", "--autostart", "--name").strip() == NAME

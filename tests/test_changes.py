@@ -6,17 +6,26 @@ What needs QEMU is in functional/.
 import dataclasses
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from lxml import etree
 
 from agent.cancellation import Cancellation
-from agent.errors import Cancelled, InvalidJob
-from agent.instances import InstanceRecord
+from agent.domain_changes import sources_of
+from agent.errors import (
+    AgentStopping,
+    Cancelled,
+    HypervisorError,
+    ImageUnacceptable,
+    InvalidJob,
+)
+from agent.host import Host
+from agent.hypervisor import Hypervisor
+from agent.instances import InstanceRecord, Instances
 from agent.job import JobRequest, parse
-from agent.journal import digest_of
+from agent.journal import Job, digest_of
 from agent.rebuild import rebuild
 from agent.recorder import Recorder
 from agent.report import JobReport, Status
@@ -57,8 +66,12 @@ def record(site: Site) -> InstanceRecord:
     return site.kit.instances.find(site.uuid)
 
 
-def second_image(site: Site) -> str:
-    return site.kit.source.add(random_bytes(1), image_id="another").id
+def second_image(site: Site, **properties: str) -> str:
+    """Return the id of another image; called again, it is the same with other properties."""
+    source = site.kit.source
+    image = source.images.get("another") or source.add(random_bytes(1), image_id="another")
+    source.images[image.id] = dataclasses.replace(image, properties=properties)
+    return image.id
 
 
 def test_rebuild_that_is_cancelled_before_it_begins_leaves_the_disk(site: Site) -> None:
@@ -100,6 +113,267 @@ def test_rebuild_keeps_a_kernel_of_the_owners_own(site: Site) -> None:
     rebuild(site.host, request, recorder, Cancellation())
     xml = etree.fromstring(site.hypervisor.xml(site.uuid).encode())
     assert xml.findtext("os/kernel") == "/boot/mine"
+
+
+class Refusing(Hypervisor):
+    """Libvirt's, but for one controller that it does not know, and one disk that does not start."""
+
+    refused: str | None = None
+
+    def define(self, xml: str) -> None:
+        if "lsilogic" in xml:
+            raise InvalidJob("libvirt does not accept the domain: no such controller")
+        super().define(xml)
+
+    def start(self, uuid: str) -> None:
+        if self.refused is not None and self.refused in sources_of(self.xml(uuid)):
+            raise HypervisorError("starting: QEMU says no")
+        super().start(uuid)
+
+
+@pytest.fixture
+def refusing() -> Iterator[Refusing]:
+    hypervisor = Refusing("test:///default", virt_type="test")
+    yield hypervisor
+    hypervisor.close()
+
+
+def boot_id(site: Site) -> str:
+    """Changes whenever the domain is started."""
+    xml = etree.fromstring(site.hypervisor.xml(site.uuid, live=True).encode())
+    return str(xml.get("id"))
+
+
+def files(site: Site) -> set[str]:
+    return {path.name for path in site.directory.iterdir()}
+
+
+def test_guest_runs_on_when_libvirt_does_not_accept_what_a_rebuild_would_make_of_it(
+    site: Site, refusing: Refusing
+) -> None:
+    site.run(libvirt={})
+    before = record(site), boot_id(site), site.hypervisor.xml(site.uuid), files(site)
+    image_id = second_image(site, hw_disk_bus="scsi", hw_scsi_model="lsilogic")
+    request, recorder = accepted(site, "rebuild", image={"id": image_id})
+
+    with pytest.raises(InvalidJob, match="no such controller"):
+        rebuild(
+            dataclasses.replace(site.host, hypervisor=refusing), request, recorder, Cancellation()
+        )
+
+    assert (record(site), boot_id(site), site.hypervisor.xml(site.uuid), files(site)) == before
+
+
+def test_domain_follows_the_image_it_is_rebuilt_with_wholly(site: Site) -> None:
+    flavor = {"vcpus": 2, "ram": 64, "disk": 1, "swap": 8}
+    network = {"bridge": "br0", "mac": "52:54:00:12:34:56"}
+    site.run(libvirt={}, flavor=flavor, networks=[network])
+    attached = "<disk type='block'><source dev='/dev/theirs'/><target dev='sda' bus='sata'/></disk>"
+    xml = site.hypervisor.xml(site.uuid).replace("</devices>", f"{attached}</devices>")
+    site.hypervisor.define(xml.replace("<metadata>", "<metadata><n:note xmlns:n='urn:n'/>"))
+    properties = {
+        "hw_disk_bus": "scsi",
+        "hw_scsi_model": "lsilogic",
+        "hw_vif_model": "e1000",
+        "hw_machine_type": "pc",
+        "hw_watchdog_action": "reset",
+        "hw_qemu_guest_agent": "yes",
+        "hw_cpu_cores": "2",
+        "hw_cpu_sockets": "1",
+        "os_type": "windows",
+    }
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site, **properties)})
+
+    rebuild(site.host, request, recorder, Cancellation())
+
+    domain = etree.fromstring(site.hypervisor.xml(site.uuid).encode())
+    assert domain.xpath("os/type/@machine") == ["pc"]
+    assert domain.xpath("cpu/topology/@cores") == ["2"]
+    assert domain.xpath("clock/@offset") == ["localtime"]
+    assert domain.xpath("devices/controller[@type='scsi']/@model") == ["lsilogic"]
+    assert domain.xpath("devices/watchdog/@action") == ["reset"]
+    assert domain.xpath("devices/channel/target/@name") == ["org.qemu.guest_agent.0"]
+    # What is ours has new places, what is theirs goes on.
+    targets = {
+        str(disk.xpath("string(source/@*[name()='file' or name()='dev'])")): disk.find("target")
+        for disk in domain.iterfind("devices/disk")
+    }
+    found = {
+        Path(source).name: (target.get("dev"), target.get("bus"))
+        for source, target in targets.items()
+        if target is not None
+    }
+    assert found == {
+        "disk.rebuilt": ("sda", "scsi"),
+        "disk.swap": ("sdb", "scsi"),
+        "theirs": ("sdc", "sata"),
+    }
+    assert {disk.device_name: disk.bus for disk in record(site).disks} == {
+        "sda": "scsi",
+        "sdb": "scsi",
+    }
+    assert domain.xpath("devices/interface/mac/@address") == [network["mac"]]
+    assert domain.xpath("devices/interface/model/@type") == ["e1000"]
+    assert (domain.findtext("vcpu"), domain.findtext("memory")) == ("2", str(64 << 10))
+    assert domain.find("metadata/{urn:n}note") is not None
+    assert recorder.report.status is Status.ACTIVE
+    # And back: all of it is of this domain again.
+    request, recorder = accepted(site, "rebuild", image={"id": site.image.id})
+    rebuild(site.host, request, recorder, Cancellation())
+    domain = etree.fromstring(site.hypervisor.xml(site.uuid).encode())
+    assert domain.xpath("os/type/@machine") == ["q35"]
+    assert not domain.xpath("devices/controller[@type='scsi'] | devices/watchdog | cpu/topology")
+    assert [(disk.path.name, disk.device_name) for disk in record(site).disks] == [
+        ("disk", "vda"),
+        ("disk.swap", "vdb"),
+    ]
+
+
+def test_iso_becomes_a_cd_rom_whatever_was_there_before(site: Site) -> None:
+    site.run(libvirt={})
+    volume = bytes(32 << 10) + b"\x01CD001\x01" + bytes(1 << 20)
+    image = site.kit.source.add(volume, image_id="installer", disk_format="iso")
+    request, recorder = accepted(site, "rebuild", image={"id": image.id})
+
+    rebuild(site.host, request, recorder, Cancellation())
+
+    domain = etree.fromstring(site.hypervisor.xml(site.uuid).encode())
+    assert domain.xpath("devices/disk/@device") == ["cdrom"]
+    assert domain.xpath("devices/disk/target/@bus") == ["sata"]
+
+
+def test_instance_whose_new_disk_does_not_start_runs_on_its_old_one(
+    site: Site, refusing: Refusing
+) -> None:
+    site.run()
+    before = record(site), site.hypervisor.xml(site.uuid), files(site)
+    refusing.refused = str(site.directory / "disk.rebuilt")
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
+
+    with pytest.raises(HypervisorError, match="QEMU says no"):
+        rebuild(
+            dataclasses.replace(site.host, hypervisor=refusing), request, recorder, Cancellation()
+        )
+
+    assert (record(site), site.hypervisor.xml(site.uuid), files(site)) == before
+    assert site.hypervisor.state(site.uuid) == "running"
+
+
+def test_what_a_rebuild_has_left_half_done_goes_with_the_next(
+    site: Site, refusing: Refusing
+) -> None:
+    site.run()
+    refusing.refused = str(site.directory / "disk.rebuilt")
+    image = {"id": second_image(site)}
+    request, recorder = accepted(site, "rebuild", image=image, on_failure="keep")
+    with pytest.raises(HypervisorError):
+        rebuild(
+            dataclasses.replace(site.host, hypervisor=refusing), request, recorder, Cancellation()
+        )
+    assert files(site) == {"console.log", "disk", "disk.rebuilt", "instance.json"}
+
+    request, recorder = accepted(site, "rebuild", image=image)
+    rebuild(site.host, request, recorder, Cancellation())
+
+    assert record(site).root.path.name == "disk.rebuilt"
+    assert files(site) == {"console.log", "disk.rebuilt", "instance.json"}
+    assert sources_of(site.hypervisor.xml(site.uuid, live=True)) == {str(record(site).root.path)}
+    request, recorder = accepted(site, "rebuild", image=image)
+    rebuild(site.host, request, recorder, Cancellation())
+    assert files(site) == {"console.log", "disk", "instance.json"}
+
+
+def test_rebuild_that_a_crash_interrupts_goes_on_with_the_images_it_began_with(site: Site) -> None:
+    site.run()
+    kernel = site.kit.source.add(random_bytes(1), image_id="kernel", disk_format="aki")
+    image_id = second_image(site, kernel_id=kernel.id, os_command_line="quiet")
+    request, recorder = accepted(site, "rebuild", image={"id": image_id})
+    host = restarted(site, lambda host, stops: rebuild(host, request, recorder, stops))
+    assert host.instances.find(site.uuid).rebuild is not None
+    second_image(site, os_command_line="loud")  # the same id; it has no kernel any more
+
+    rebuild(host, request, Recorder(site.journal, queued(site, recorder)), Cancellation())
+
+    xml = etree.fromstring(site.hypervisor.xml(site.uuid).encode())
+    assert xml.findtext("os/kernel") == str(site.directory / "kernel")
+    assert xml.findtext("os/cmdline") == "quiet"
+    known = host.instances.find(site.uuid)
+    assert known.image_properties == {"kernel_id": "kernel", "os_command_line": "quiet"}
+
+
+def test_rescue_that_a_crash_interrupts_goes_on_with_the_images_it_began_with(site: Site) -> None:
+    site.run()
+    kernel = site.kit.source.add(random_bytes(1), image_id="kernel", disk_format="aki")
+    image_id = second_image(site, os_command_line="quiet")
+    request, recorder = accepted(site, "rescue", image={"id": image_id})
+    host = restarted(site, lambda host, stops: rescue(host, request, recorder, stops))
+    assert host.instances.find(site.uuid).rescue is not None
+    second_image(site, kernel_id=kernel.id, os_command_line="loud")
+
+    rescue(host, request, Recorder(site.journal, queued(site, recorder)), Cancellation())
+
+    xml = site.hypervisor.xml(site.uuid)
+    assert etree.fromstring(xml.encode()).find("os/kernel") is None
+    assert str(site.directory / "disk.rescue") in sources_of(xml)
+
+
+def queued(site: Site, recorder: Recorder) -> Job:
+    """The job as it was accepted: what a power cut leaves of it."""
+    job = site.journal.get(recorder.report.id)
+    report = job.report.model_copy(update={"status": Status.QUEUED, "task_state": None})
+    return dataclasses.replace(job, report=report)
+
+
+class Stopping(Instances):
+    """The agent stops as soon as something new is in a record."""
+
+    def __init__(self, directory: Path, cancellation: Cancellation) -> None:
+        super().__init__(directory)
+        self._cancellation = cancellation
+
+    def write(self, record: InstanceRecord, *, settle: bool = True) -> Path:
+        directory = super().write(record, settle=settle)
+        self._cancellation.cancel(AgentStopping("enough"))
+        return directory
+
+
+def restarted(site: Site, run: Callable[[Host, Cancellation], None]) -> Host:
+    """Run a job until its plan is in `instance.json`; return the host after the restart."""
+    cancellation = Cancellation()
+    instances = Stopping(site.kit.directory, cancellation)
+    with pytest.raises(AgentStopping):
+        run(dataclasses.replace(site.host, instances=instances), cancellation)
+    return dataclasses.replace(site.host, instances=Instances(site.kit.directory))
+
+
+def test_instance_that_demands_signed_images_demands_them_for_its_rescue(site: Site) -> None:
+    site.run()
+    known = record(site)
+    assert known.origin is not None
+    origin = dataclasses.replace(known.origin, trusted_certificates=(str(uuid.uuid4()),))
+    site.kit.instances.write(dataclasses.replace(known, origin=origin))
+    request, recorder = accepted(site, "rescue")
+
+    with pytest.raises(ImageUnacceptable, match="sign"):
+        rescue(site.host, request, recorder, Cancellation())
+
+    assert record(site).rescue is None
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [{"hw_scsi_model": "lsilogic"}, {"hw_firmware_type": "uefi"}, {"os_type": "windows"}],
+)
+def test_domain_of_its_owners_own_is_not_made_to_another_image(
+    site: Site, properties: dict[str, str]
+) -> None:
+    site.run()
+    before = record(site)
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site, **properties)})
+    with pytest.raises(InvalidJob, match="its owner's own"):
+        rebuild(site.host, request, recorder, Cancellation())
+    assert record(site) == before
+    assert [opened for opened, _ in site.kit.source.opened].count("another") == 0
 
 
 def test_rescue_does_not_wake_a_guest_that_is_suspended_to_disk(site: Site) -> None:

@@ -1,12 +1,13 @@
 """Buses, names and addresses: what follows from an image's properties."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.devices import assign_devices, assign_macs
+from agent.devices import assign_devices, assign_macs, reassign_devices
 from agent.disk import Disk
 from agent.errors import ImageUnacceptable
 from agent.hardware import Bus, Firmware, Hardware, InputBus, NicModel, SecureBoot, Topology
@@ -249,3 +250,37 @@ def test_what_the_host_lacks_is_refused_unless_it_is_optional() -> None:
         required.on(secure_boot=False, tpm=True)
     with pytest.raises(ImageUnacceptable, match=r"hw_tpm_model .*install swtpm"):
         tpm.on(secure_boot=True, tpm=False)
+
+
+def test_disks_that_are_reassigned_get_the_places_they_would_have_had_at_first() -> None:
+    config_drive = dataclasses.replace(
+        disk(Role.CONFIG_DRIVE, device="cdrom"), guest_format="iso9660", read_only=True
+    )
+    disks = (disk(Role.ROOT), disk(Role.SWAP), config_drive)
+    wishes = [Hardware.wanted_by({"hw_disk_bus": bus}) for bus in ("virtio", "sata", "ide", "scsi")]
+    for before in wishes:
+        for after in wishes:
+            known = assign_devices(disks, before, UUID)
+            assert reassign_devices(known, after, UUID) == assign_devices(disks, after, UUID)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "keeps"),
+    [
+        ({}, {"hw_firmware_type": "uefi"}, False),
+        ({"hw_firmware_type": "uefi"}, {"hw_firmware_type": "uefi", "hw_disk_bus": "scsi"}, True),
+        ({"hw_firmware_type": "uefi"}, {}, False),
+        (
+            {"hw_firmware_type": "uefi"},
+            {"hw_firmware_type": "uefi", "os_secure_boot": "required"},
+            False,
+        ),
+        ({"hw_tpm_version": "2.0"}, {"hw_tpm_version": "1.2"}, False),
+        ({"hw_tpm_version": "2.0"}, {"hw_tpm_version": "2.0", "os_type": "windows"}, True),
+    ],
+)
+def test_what_firmware_and_tpm_have_kept_is_for_the_same_ones_alone(
+    before: dict[str, str], after: dict[str, str], keeps: bool
+) -> None:
+    had, has = Hardware.wanted_by(before).nonvolatile, Hardware.wanted_by(after).nonvolatile
+    assert (had is not None and had == has) is keeps

@@ -247,6 +247,11 @@ class PrivateLibvirtd:
             raise RuntimeError(f"virsh {' '.join(arguments)}: {done.stderr}")
         return done.stdout
 
+    def kept(self) -> list[Path]:
+        """What there is of firmware variables and TPMs, of whichever domain."""
+        directories = ("lib/qemu/nvram", "lib/swtpm")
+        return [path for name in directories for path in (self._root / name).glob("*")]
+
     def _destroy_domains(self) -> None:
         for domain in self._virsh("list", "--uuid").stdout.split():
             self._virsh("destroy", domain)

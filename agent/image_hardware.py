@@ -1,0 +1,20 @@
+"""What becomes of an image's wishes on this host."""
+
+from collections.abc import Mapping
+
+from agent.hardware import Hardware
+from agent.hypervisor import Hypervisor
+
+
+def on_host(properties: Mapping[str, str], hypervisor: Hypervisor) -> Hardware:
+    """Return the hardware for an image of these properties; libvirt is asked only if need be.
+
+    Raises:
+        ImageUnacceptable: they ask for what this host does not have, or nobody.
+        HypervisorError: libvirt cannot say.
+    """
+    hardware = Hardware.wanted_by(properties)
+    if not hardware.asks_host:
+        return hardware
+    offers = hypervisor.offers(hardware.machine)
+    return hardware.on(secure_boot=offers.secure_boot, tpm=offers.tpm)
