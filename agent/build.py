@@ -16,6 +16,7 @@ again from the start and passes quickly over what is done:
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from agent import domain_xml
 from agent.acquisition import Acquisition
@@ -114,7 +115,7 @@ class Build:
         self._host.backends.require(self._images_type)
         if self._defines and not self._known():
             self._host.hypervisor.require_free(uuid=self._uuid, name=self._name)
-        images = self._acquisition.resolve(self._image)
+        images = self._images()
         self._check_flavor(images[Role.ROOT])
         hardware = self._hardware(images[Role.ROOT])
         bases = self._acquisition.acquire(
@@ -136,6 +137,20 @@ class Build:
     @property
     def _defines(self) -> bool:
         return self._request.action is Action.BOOT and self._request.libvirt.define
+
+    def _images(self) -> dict[Role, Image]:
+        """Return the images, as an earlier run of this very job has found them, if there was one.
+
+        The source may have other properties for them by now than those of the disks.
+        """
+        known = self._known()
+        if known is None or known.origin is None:
+            return self._acquisition.resolve(self._image)
+        images = self._acquisition.resolve_again(known.origin)
+        return {
+            **images,
+            Role.ROOT: replace(images[Role.ROOT], properties=known.image_properties),
+        }
 
     def _check_flavor(self, image: Image) -> None:
         flavor = self._flavor

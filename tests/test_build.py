@@ -195,6 +195,24 @@ def test_failure_before_anything_was_defined_is_undone_without_libvirt(
     assert site.kit.instances.all() == []
 
 
+def test_run_after_a_crash_makes_the_same_domain_whatever_the_image_says_by_now(site: Site) -> None:
+    kernel = site.kit.source.add(random_bytes(1), image_id="kernel", disk_format="aki")
+    properties = {"kernel_id": kernel.id, "os_command_line": "quiet"}
+    images = site.kit.source.images
+    images[site.image.id] = replace(site.image, properties=properties)
+    job = site.journal.get(site.run().id)
+    xml = site.hypervisor.xml(site.uuid)
+    site.hypervisor.destroy(site.uuid)
+    site.hypervisor.undefine(site.uuid)
+
+    images[site.image.id] = replace(site.image, properties={"hw_disk_bus": "scsi"})
+    again = Recorder(site.journal, job)
+    Build(site.host, job.request, again, Cancellation()).run()
+
+    assert again.report.status is Status.ACTIVE
+    assert site.hypervisor.xml(site.uuid) == xml
+
+
 def test_disks_of_a_type_the_host_does_not_keep_are_refused_before_anything_is_fetched(
     site: Site,
 ) -> None:
