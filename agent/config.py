@@ -151,6 +151,7 @@ class Configuration:
             images=ImagesSettings(
                 source=source,
                 directory=Path(conf.images.directory),
+                vmdk_types=tuple(conf.images.vmdk_allowed_types),
                 glance=self._glance() if source is ImageSourceName.GLANCE else None,
                 signatures=self._signatures(),
             ),

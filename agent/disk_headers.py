@@ -7,6 +7,7 @@ file for, or absurd amounts of memory. qcow2 has a module of its own.
 
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,7 +25,6 @@ VHD_MAGIC: Final = b"conectix"
 VMDK_HEADER: Final = struct.Struct("<4sIIQQQQIQQ")
 VMDK_DIRECTORY_AT_END: Final = (1 << 64) - 1
 """In place of where the grain directory is: a footer tells."""
-_VMDK_SUBTYPES: Final = ("monolithicsparse", "streamoptimized")
 _VMDK_EXTENT: Final = re.compile(r'(?:rw|rdonly) \d+ sparse "([^"]*)"')
 
 VHDX_TABLE: Final = 64 << 10
@@ -115,13 +115,13 @@ def check_vmdk_header(header: bytes, file_size: int | None) -> None:
         )
 
 
-def check_vmdk_descriptor(descriptor: str) -> None:
-    """Check a descriptor, given in lower case."""
+def check_vmdk_descriptor(descriptor: str, allowed: Sequence[str]) -> None:
+    """Check a descriptor, given in lower case; `allowed` are names of subformats."""
     subtypes = re.findall(r'createtype\s*=\s*"?([^"\n]*)', descriptor)
-    if len(subtypes) != 1 or subtypes[0] not in _VMDK_SUBTYPES:
+    if len(subtypes) != 1 or subtypes[0] not in {name.lower() for name in allowed}:
         raise ValueError(
-            f"the vmdk's createType is {', '.join(subtypes)[:80] or 'missing'}, not one of "
-            f"{', '.join(_VMDK_SUBTYPES)}"
+            f"the vmdk's createType is {', '.join(subtypes)[:80] or 'missing'}, which is not in "
+            f"vmdk_allowed_types ({', '.join(allowed) or 'none are'})"
         )
     parent = re.search(r"parentcid\s*=\s*(\S+)", descriptor)
     if "parentfilenamehint" in descriptor or (parent and parent[1] != "ffffffff"):

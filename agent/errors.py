@@ -26,7 +26,21 @@ answer, so a name, once released, never changes.
     └── InternalError                 a defect of ours
 """
 
-from typing import ClassVar
+import re
+from typing import ClassVar, Final
+
+_UNPRINTABLE: Final = re.compile(
+    # Controls; what turns the direction of a line around; halves of characters.
+    r"[^\t\n -~\u00a0-\U0010ffff]|[\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Return `text` with escapes in place of what could make a terminal do something.
+
+    Names in images, and what programs say of them, are written by strangers.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class BootwrightError(Exception):
@@ -39,6 +53,7 @@ class BootwrightError(Exception):
     retriable: ClassVar[bool] = False
 
     def __init__(self, message: str, hint: str = "") -> None:
+        message, hint = printable(message), printable(hint)
         super().__init__(message, hint)
         self.message = message
         self.hint = hint

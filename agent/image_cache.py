@@ -77,6 +77,7 @@ class ImageCache:
         converter: Converter,
         policy: RetryPolicy,
         require_hash: bool,
+        vmdk_types: Sequence[str],
         max_concurrent_fetches: int,
         max_connections_per_image: int,
     ) -> None:
@@ -89,6 +90,7 @@ class ImageCache:
         self._converter = converter
         self._policy = policy
         self._require_hash = require_hash
+        self._vmdk_types = vmdk_types
         self._max_connections_per_image = max_connections_per_image
         self._slots = threading.BoundedSemaphore(max_concurrent_fetches)
         self._lock = threading.Lock()
@@ -380,6 +382,7 @@ class ImageCache:
             policy=self._policy,
             cancellation=flight.cancellation,
             require_hash=self._require_hash,
+            vmdk_types=self._vmdk_types,
             max_connections=self._max_connections_per_image,
             check=check,
             on_header=flight.header_seen,

@@ -17,7 +17,7 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,7 @@ class Ingest:
         policy: RetryPolicy,
         cancellation: Cancellation,
         require_hash: bool,
+        vmdk_types: Sequence[str],
         max_connections: int,
         check: Check | None = None,
         on_header: Callable[[int], None],
@@ -117,6 +118,7 @@ class Ingest:
         self._policy = policy
         self._cancellation = cancellation
         self._require_hash = require_hash
+        self._vmdk_types = vmdk_types
         self._max_connections = max_connections
         self._check = check
         self._on_header = on_header
@@ -182,6 +184,7 @@ class Ingest:
             self._image.disk_format,
             container_format=self._image.container_format,
             size=self._image.size,
+            vmdk_types=self._vmdk_types,
         )
         try:
             with contextlib.ExitStack() as stack:

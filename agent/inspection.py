@@ -14,7 +14,7 @@ entries and looks at little else; `qcow2.parse_header` looks at more.
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from oslo_utils.imageutils import format_inspector
@@ -74,8 +74,17 @@ class _VHDXInspector(format_inspector.VHDXInspector):
         self.new_region("parameters", format_inspector.CaptureRegion(metadata.offset + offset, 8))
 
 
+class _VMDKInspector(format_inspector.VMDKInspector):
+    """Leaves it to `disk_headers` which subformats are allowed; oslo's knows two."""
+
+    def region_complete(self, region_name: str) -> None:
+        super().region_complete(region_name)
+        if self.desc_text is not None and self.vmdktype != "formatnotfound":
+            self.vmdktype = "monolithicsparse"
+
+
 _INSPECTORS: Mapping[str, type[format_inspector.FileInspector]] = {
-    "vmdk": format_inspector.VMDKInspector,
+    "vmdk": _VMDKInspector,
     "vhdx": _VHDXInspector,
 }
 
@@ -103,8 +112,11 @@ class Inspection:
         *,
         container_format: str = "bare",
         size: int | None = None,
+        vmdk_types: Sequence[str],
     ) -> None:
         """Begin; `size` is the image's length in bytes where the image source knows it.
+
+        `vmdk_types`: names of the subformats that a VMDK may be of.
 
         Raises:
             ImageUnacceptable: no image of these formats can be used.
@@ -112,6 +124,7 @@ class Inspection:
         self._image_id = image_id
         self._claim = disk_format
         self._size = size
+        self._vmdk_types = vmdk_types
         self._length = 0
         self._head = bytearray()
         self._tail = b""
@@ -262,7 +275,7 @@ class Inspection:
             if isinstance(inspector, format_inspector.VMDKInspector):
                 disk_headers.check_vmdk_header(bytes(self._head[:64]), self._size)
                 if inspector.desc_text is not None:
-                    disk_headers.check_vmdk_descriptor(inspector.desc_text)
+                    disk_headers.check_vmdk_descriptor(inspector.desc_text, self._vmdk_types)
             elif inspector.has_region("parameters") and inspector.region("parameters").complete:
                 disk_headers.check_vhdx_parameters(bytes(inspector.region("parameters").data))
             size = inspector.virtual_size

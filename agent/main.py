@@ -179,6 +179,7 @@ class _Parts:
             converter=qemu_img,
             policy=_policy(settings),
             require_hash=cache.require_hash,
+            vmdk_types=settings.images.vmdk_types,
             max_concurrent_fetches=cache.max_concurrent_fetches,
             max_connections_per_image=(
                 settings.images.glance.max_connections_per_image if settings.images.glance else 1

@@ -202,6 +202,14 @@ _IMAGES: Final[list[cfg.Opt]] = [
         help="Directory of the images of source = directory: an absolute path. 'bootwright image "
         "add' puts images there.",
     ),
+    cfg.ListOpt(
+        "vmdk_allowed_types",
+        item_type=types.String(regex=r"^[A-Za-z0-9]+$"),
+        default=["monolithicSparse", "streamOptimized"],
+        help="Names of the subformats (createType) that a VMDK image may be of; none of them if "
+        "empty. Of whatever is named here, only images that are one sparse extent in a single file "
+        "are taken: others would need files beside it.",
+    ),
 ]
 
 _GLANCE: Final[list[cfg.Opt]] = [

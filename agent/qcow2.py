@@ -6,9 +6,10 @@ program of QEMU sees it. Writes new, empty disks. Data clusters are not its
 business. The specification is QEMU's docs/interop/qcow2.txt.
 """
 
+import contextlib
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ _MAX_SNAPSHOTS = 1024
 _SNAPSHOT_ENTRY_MIN = 40
 
 _MAX_BACKING_NAME = 1023
+_SHOWN = 200  # bytes of a name in a message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,13 +71,13 @@ def parse_header(data: bytes, file_size: int | None = None) -> Header:
     if len(data) < _HEADER_V2.size:
         raise ValueError(f"the qcow2 header is cut short after {len(data)} of 72 bytes")
     (
-        _, version, backing_offset, _, cluster_bits, virtual_size, encryption, l1_entries,
-        l1_offset, refcount_offset, refcount_clusters, snapshots, snapshots_offset,
+        _, version, backing_offset, backing_size, cluster_bits, virtual_size, encryption,
+        l1_entries, l1_offset, refcount_offset, refcount_clusters, snapshots, snapshots_offset,
     ) = _HEADER_V2.unpack_from(data)  # fmt: skip
     if backing_offset:
         raise ValueError(
-            f"the qcow2 header names a backing file (offset {backing_offset:#x} at byte 8); "
-            "an image must be self-contained"
+            f"the qcow2 header names a backing file (offset {backing_offset:#x} at byte 8)"
+            f"{_named(data[backing_offset:][:backing_size])}; an image must be self-contained"
         )
     for what, value, least, most in (
         ("version (byte 4)", version, 2, 3),
@@ -130,9 +132,12 @@ def _parse_v3(data: bytes, cluster: int) -> tuple[int, int, int]:
         raise ValueError(f"the qcow2 header is cut short after {len(data)} of 104 bytes")
     incompatible, _, _, refcount_order, length = _HEADER_V3.unpack_from(data, 72)
     if incompatible & _DATA_FILE:
+        name = b""
+        with contextlib.suppress(ValueError):
+            name = dict(_extensions(data[:cluster], length)).get(_EXTENSION_DATA_FILE, (0, b""))[1]
         raise ValueError(
             "the qcow2 header asks for an external data file (incompatible feature bit 2 at "
-            "byte 79); an image must be self-contained"
+            f"byte 79){_named(name)}; an image must be self-contained"
         )
     if incompatible & _CORRUPT:
         raise ValueError(
@@ -159,23 +164,43 @@ def _parse_v3(data: bytes, cluster: int) -> tuple[int, int, int]:
 
 
 def _check_extensions(data: bytes, position: int) -> None:
-    """Walk the header extensions; `data` ends with the first cluster or what is known of it."""
+    for kind, (at, content) in _extensions(data, position):
+        if kind == _EXTENSION_DATA_FILE:
+            raise ValueError(
+                f"the qcow2 header names an external data file (extension at byte {at})"
+                f"{_named(content)}; an image must be self-contained"
+            )
+
+
+def _extensions(data: bytes, position: int) -> Iterator[tuple[int, tuple[int, bytes]]]:
+    """Yield the kind of each header extension, the byte it is at, and its content.
+
+    `data` ends with the first cluster or what is known of it.
+
+    Raises:
+        ValueError: one of them does not end within.
+    """
     while position + _EXTENSION.size <= len(data):
         kind, length = _EXTENSION.unpack_from(data, position)
         if kind == _EXTENSION_END:
             return
-        if kind == _EXTENSION_DATA_FILE:
-            raise ValueError(
-                f"the qcow2 header names an external data file (extension at byte {position}); "
-                "an image must be self-contained"
-            )
-        end = position + _EXTENSION.size + -(-length // 8) * 8
+        begin = position + _EXTENSION.size
+        end = begin + -(-length // 8) * 8
         if end > len(data):
             raise ValueError(
                 f"the qcow2 header extension {kind:#010x} at byte {position} has {length} bytes "
                 f"and runs past byte {len(data)}"
             )
+        yield kind, (position, data[begin : begin + length])
         position = end
+
+
+def _named(name: bytes) -> str:
+    """Return what to say of a name that whoever made the image has chosen, none perhaps."""
+    if not name:
+        return ""
+    text = name[:_SHOWN].decode(errors="backslashreplace")
+    return f", {text!r}{'…' if len(name) > _SHOWN else ''}"
 
 
 def _check_tables(

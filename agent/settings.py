@@ -112,6 +112,8 @@ class SignatureSettings:
 class ImagesSettings:
     source: ImageSourceName
     directory: Path
+    vmdk_types: tuple[str, ...]
+    """Subformats a VMDK may be of."""
     glance: GlanceSettings | None
     """None unless images come from there."""
     signatures: SignatureSettings

@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 
 from functional.harness.agent import Agent, Options
-from tests.corpus import CASES, Case
+from tests.corpus import CASES, Case, vmdk_images
 
 LIMIT_S: Final = 20.0
 # One of each kind; the whole corpus goes through the cache in tests/test_corpus.py.
@@ -28,6 +28,10 @@ NAMES: Final = (
     "qcow2 with extended L2",
     "vhd",
 )
+
+
+# One more than by default.
+ALLOWED: Final = "monolithicSparse,streamOptimized,twoGbMaxExtentSparse"
 
 
 def case(name: str) -> Case:
@@ -74,7 +78,11 @@ def agent(work: Path) -> Iterator[Agent]:
     """An agent without Glance and libvirt; it only fetches."""
     root = work / "hostile"
     options: Options = {
-        "images": {"source": "directory", "directory": root / "images"},
+        "images": {
+            "source": "directory",
+            "directory": root / "images",
+            "vmdk_allowed_types": ALLOWED,
+        },
         "libvirt": {"connection_uri": "test:///default"},
     }
     agent = Agent(root, options)
@@ -120,6 +128,19 @@ def test_fetch(name: str, agent: Agent, executions: Executions, tmp_path: Path) 
     assert re.search(chosen.refused, error["message"])
     assert started == []
     assert not base.exists()
+
+
+def test_a_subformat_that_the_operator_allows(agent: Agent, tmp_path: Path) -> None:
+    file = tmp_path / "image"
+    for kind, allowed in (("twoGbMaxExtentSparse", True), ("custom", False)):
+        new = f'createType="{kind}"'.encode()
+        file.write_bytes(vmdk_images.edited(tmp_path, old=vmdk_images.TYPE, new=new))
+        entry = agent.json("image", "add", file, "--disk-format", "vmdk", "--name", "x")
+        done = agent.run("--format", "json", "image", "fetch", entry["id"])
+        assert (done.returncode == 0) == allowed
+        if not allowed:
+            message = json.loads(done.stdout)["jobs"][0]["error"]["message"]
+            assert "createType is custom, which is not in vmdk_allowed_types (mono" in message
 
 
 def test_qemu_img_was_confined(agent: Agent) -> None:

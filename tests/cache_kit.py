@@ -27,6 +27,7 @@ from agent.store import Store
 from agent.transfer import RetryPolicy
 from agent.usage import Usage
 from agent.verification import Verifier
+from tests.corpus.case import VMDK_TYPES
 from tests.signing import Certificates, signatures
 
 MIB = 1 << 20
@@ -147,6 +148,7 @@ class CacheKit:
             converter=QemuImg(),
             policy=RetryPolicy(num_retries=1, initial_s=0.01, max_s=0.01),
             require_hash=self.require_hash,
+            vmdk_types=VMDK_TYPES,
             max_concurrent_fetches=4,
             max_connections_per_image=1,
         )

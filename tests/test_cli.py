@@ -268,6 +268,22 @@ def test_images_are_fetched_shown_and_removed(cli: Cli) -> None:
     assert "free" in cli("cache", "status").stdout
 
 
+@pytest.mark.parametrize("format_", ["table", "yaml", "json"])
+def test_what_strangers_write_does_nothing_to_a_terminal(
+    cli: Cli, service: FakeService, format_: str
+) -> None:
+    name = "a\x1b]0;b\x07\x9bc\u202ed\x7f\ufffd"
+    assert cli("image", "fetch", "img-1").exit_code == 0
+    service._images["img-1"] = service._images["img-1"].model_copy(update={"name": name})
+    shown = cli("image", "list", "--format", format_)
+    assert shown.exit_code == 0
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown.stdout)
+    if format_ != "table":
+        assert yaml.safe_load(shown.stdout)["images"][0]["name"] == name
+    else:
+        assert r"a\x1b]0;b\x07\x9bc\u202ed\x7f" in shown.stdout
+
+
 def test_a_refused_fetch_does_not_hide_the_jobs_before_it(cli: Cli, service: FakeService) -> None:
     result = cli("image", "fetch", "img-1", "not an id", "--format", "json")
     assert result.exit_code == 4

@@ -57,6 +57,7 @@ def test_defaults(write: Write) -> None:
     assert found.default_ephemeral_format is GuestFormat.EXT4
     assert found.images.source is ImageSourceName.DIRECTORY
     assert found.images.glance is None
+    assert found.images.vmdk_types == ("monolithicSparse", "streamOptimized")
     assert found.api.metrics_listen is None
 
 
@@ -79,6 +80,16 @@ def test_values_reach_the_settings(write: Write) -> None:
     assert found.images.glance.timeout_s == 5.0
     assert found.images.glance.session.timeout == 5.0
     assert found.api.metrics_listen == ("::1", 9000)
+
+
+@pytest.mark.parametrize(
+    ("value", "types"), [("", ()), ("streamOptimized", ("streamOptimized",)), ("a, b", ("a", "b"))]
+)
+def test_subformats_are_as_many_as_are_named(
+    value: str, types: tuple[str, ...], write: Write
+) -> None:
+    found = settings(write(f"{LOCAL}vmdk_allowed_types = {value}\n"))
+    assert found.images.vmdk_types == types
 
 
 def test_keystone_credentials_make_an_authenticating_session(write: Write) -> None:
@@ -171,6 +182,7 @@ def test_known_names_are_not_warned_of(write: Write) -> None:
             ["verify_glance_signatures = true", "certificate_source = directory"],
         ),
         ("[glance]\ndefault_trusted_certificate_ids = ../x\n", ["= ../x", "UUIDs"]),
+        ("[images]\nvmdk_allowed_types = a,../x\n", ["= a,../x", "subformats"]),
         ("[glance]\nbandwidth_limit = -1\n", ["from 0 to"]),
         ("[DEFAULT]\nforce_raw_images = false\n", ["force_raw_images = false", "only true"]),
         ("[libvirt]\nqcow2_cluster_size = 96\n", ["qcow2_cluster_size = 96", "power of two"]),

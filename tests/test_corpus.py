@@ -20,7 +20,7 @@ from agent.qemu_img import QemuImg
 from tests import cache_kit
 from tests.cache_kit import CacheKit
 from tests.corpus import CASES, ELSEWHERE, VERDICTS, By, Case, Sample
-from tests.corpus.case import GIB, MIB
+from tests.corpus.case import GIB, MIB, VMDK_TYPES
 from tests.corpus.qcow2_images import expanding
 
 pytestmark = pytest.mark.skipif(
@@ -124,7 +124,7 @@ def made(case: Case, tmp_path: Path) -> Sample:
 
 
 def judge(case: Case, sample: Sample, chunk: int) -> None:
-    inspected = Inspection("img-1", case.disk_format, size=len(sample.data))
+    inspected = Inspection("img-1", case.disk_format, size=len(sample.data), vmdk_types=VMDK_TYPES)
     for begin in range(0, len(sample.data), chunk):
         inspected.feed(memoryview(sample.data)[begin : begin + chunk])
     inspected.finish()

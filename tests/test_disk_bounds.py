@@ -17,7 +17,7 @@ from agent.cancellation import Cancellation
 from agent.disk_tables import crc32c
 from agent.errors import AgentStopping, ImageUnacceptable
 from agent.inspection import Inspection
-from tests.corpus.case import CONTENT, GIB, KIB, MIB, converted, patched
+from tests.corpus.case import CONTENT, GIB, KIB, MIB, VMDK_TYPES, converted, patched
 
 pytestmark = pytest.mark.skipif(
     shutil.which("qemu-img") is None and not os.environ.get("CI"), reason="needs qemu-img"
@@ -51,7 +51,9 @@ def check(data: bytes, format_: str) -> None:
 
 def judge(data: bytes, format_: str) -> None:
     """What is asked of an image before QEMU opens it, but for its hash."""
-    inspection = Inspection("img-1", CLAIMS.get(format_, format_), size=len(data))
+    inspection = Inspection(
+        "img-1", CLAIMS.get(format_, format_), size=len(data), vmdk_types=VMDK_TYPES
+    )
     inspection.feed(data)
     inspection.finish()
     check(data, format_)

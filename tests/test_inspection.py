@@ -2,9 +2,11 @@
 
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 from agent import inspection
 from agent.errors import ImageUnacceptable
 from agent.inspection import Inspection, Verdict
+from tests.corpus import vmdk_images
+from tests.corpus.case import VMDK_TYPES
 
 needs_qemu = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img")
 
@@ -23,8 +27,15 @@ CONTENT = random.Random(7).randbytes(3 * MIB)
 SIGNATURE = b"\x55\xaa"
 
 
-def judge(data: bytes, disk_format: str, chunk: int = MIB, *, size: int | None = None) -> Verdict:
-    inspected = Inspection("img-1", disk_format, size=size)
+def judge(
+    data: bytes,
+    disk_format: str,
+    chunk: int = MIB,
+    *,
+    size: int | None = None,
+    vmdk_types: Sequence[str] = VMDK_TYPES,
+) -> Verdict:
+    inspected = Inspection("img-1", disk_format, size=size, vmdk_types=vmdk_types)
     for begin in range(0, len(data), chunk):
         inspected.feed(memoryview(data)[begin : begin + chunk])
     return inspected.finish()
@@ -105,7 +116,7 @@ def test_the_virtual_size_is_known_long_before_the_end(
     tmp_path: Path, disk_format: str, qemu_format: str, options: str, within: int
 ) -> None:
     data = made(tmp_path, qemu_format, options)
-    inspected = Inspection("img-1", disk_format)
+    inspected = Inspection("img-1", disk_format, vmdk_types=VMDK_TYPES)
     inspected.feed(data[:within])
     assert inspected.virtual_size is not None
 
@@ -146,7 +157,7 @@ def test_plain_content_is_raw(name: str, disk_format: str) -> None:
 
 
 def test_the_size_of_a_raw_image_is_known_early_when_the_source_tells_it() -> None:
-    inspected = Inspection("img-1", "raw", size=10 * GIB)
+    inspected = Inspection("img-1", "raw", size=10 * GIB, vmdk_types=())
     inspected.feed(CONTENT[: 256 << 10])
     assert inspected.settled
     assert inspected.virtual_size == 10 * GIB
@@ -227,10 +238,10 @@ def test_a_text_that_is_a_vmdk_descriptor_is_not_raw() -> None:
 def test_unknown_formats_are_refused_at_once() -> None:
     for disk_format in ("ploop", "qed", "luks", "parallels", "", "QCOW2"):
         with pytest.raises(ImageUnacceptable, match="disk_format"):
-            Inspection("img-1", disk_format)
+            Inspection("img-1", disk_format, vmdk_types=())
     for container in ("ova", "docker", "compressed"):
         with pytest.raises(ImageUnacceptable, match="container_format"):
-            Inspection("img-1", "qcow2", container_format=container)
+            Inspection("img-1", "qcow2", container_format=container, vmdk_types=())
 
 
 @pytest.mark.parametrize(
@@ -259,7 +270,9 @@ def test_a_qcow2_with_a_backing_file_is_refused(tmp_path: Path, backing: str, co
     name = backing.encode()
     data = patched(data, 4096, name)
     data = patched(data, 8, struct.pack(">QI", 4096, len(name)))
-    refused(data, "qcow2", r"names a backing file \(offset 0x1000 at byte 8\)")
+    refused(
+        data, "qcow2", r"names a backing file \(offset 0x1000 at byte 8\), '" + re.escape(backing)
+    )
     refused(patched(data, 16, bytes(4)), "qcow2", "backing file")
 
 
@@ -271,8 +284,13 @@ def test_a_qcow2_with_a_data_file_is_refused(tmp_path: Path) -> None:
         check=True,
     )  # fmt: skip
     data = (tmp_path / "image").read_bytes()
-    refused(data, "qcow2", "external data file .*bit 2")
-    refused(patched(data, 79, b"\0"), "qcow2", "external data file .extension")
+    refused(data, "qcow2", f"external data file .*bit 2 at byte 79\\), '{tmp_path}/data';")
+    refused(
+        patched(data, 79, b"\0"),
+        "qcow2",
+        f"external data file \\(extension at byte 112\\), '{tmp_path}/data';",
+    )
+    refused(data[:200], "qcow2", "external data file .*bit 2 at byte 79")
 
 
 VMDK = "subformat=monolithicSparse"
@@ -314,6 +332,43 @@ def test_a_vmdk_that_needs_more_than_itself_is_refused(
     assert old.encode() in descriptor
     changed = descriptor.replace(old.encode(), new.encode(), 1)[: len(descriptor)]
     refused(patched(data, 512, changed.ljust(len(descriptor), b"\0")), "vmdk", rule)
+
+
+@needs_qemu
+@pytest.mark.parametrize("chunk", [MIB, 4096])
+def test_a_vmdk_of_a_subformat_that_is_allowed_is_accepted(tmp_path: Path, chunk: int) -> None:
+    kind = b'createType="twoGbMaxExtentSparse"'
+    other = vmdk_images.edited(tmp_path, old=vmdk_images.TYPE, new=kind)
+    allowed = (*VMDK_TYPES, "twoGbMaxExtentSparse")
+    with pytest.raises(ImageUnacceptable, match=r"is twogbmaxextentsparse, which .*streamOpt"):
+        judge(other, "vmdk", chunk)
+    verdict = judge(other, "vmdk", chunk, vmdk_types=allowed)
+    assert verdict.format == "vmdk"
+    # QEMU agrees.
+    (tmp_path / "other").write_bytes(other)
+    subprocess.run(
+        ["qemu-img", "convert", "-f", "vmdk", "-O", "raw", tmp_path / "other", tmp_path / "raw"],
+        check=True,
+    )
+    assert (tmp_path / "raw").stat().st_size == verdict.virtual_size
+    # All other rules stay: nothing but one sparse extent, in the file itself.
+    flat = vmdk_images.text(kind="monolithicFlat")
+    with pytest.raises(ImageUnacceptable, match="needs other files"):
+        judge(flat, "vmdk", chunk, vmdk_types=("monolithicFlat",))
+    extent = kind + b'\nRW 9 SPARSE "x-s002.vmdk"'
+    split = vmdk_images.edited(tmp_path, old=vmdk_images.TYPE, new=extent)
+    with pytest.raises(ImageUnacceptable, match="one sparse extent"):
+        judge(split, "vmdk", chunk, vmdk_types=allowed)
+
+
+@needs_qemu
+@pytest.mark.parametrize("subformat", VMDK_TYPES)
+def test_no_vmdk_is_accepted_if_none_is_allowed(tmp_path: Path, subformat: str) -> None:
+    data = made(tmp_path, "vmdk", f"subformat={subformat}")
+    for allowed in ((), *((name,) for name in VMDK_TYPES if name != subformat)):
+        with pytest.raises(ImageUnacceptable, match="not in vmdk_allowed_types") as caught:
+            judge(data, "vmdk", vmdk_types=allowed)
+        assert (", ".join(allowed) or "none are") in caught.value.message
 
 
 @needs_qemu

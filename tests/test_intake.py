@@ -72,7 +72,7 @@ def pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
 
 
 def inspection(image: Image) -> Inspection:
-    return Inspection(image.id, image.disk_format, size=image.size)
+    return Inspection(image.id, image.disk_format, size=image.size, vmdk_types=())
 
 
 def begin(partial: Partial, image: Image, qcow2: Path) -> DecodedIntake:

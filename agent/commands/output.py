@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from agent.commands.command import Format, Invocation
+from agent.errors import printable
 
 _PIPE_WIDTH: Final = 10_000
 """Columns on a pipe: programs that read tables want no line broken."""
@@ -25,11 +26,9 @@ def emit(invocation: Invocation, document: object, table: Callable[[], None]) ->
         case Format.TABLE:
             table()
         case Format.JSON:
-            click.echo(json.dumps(_plain(document), indent=2, ensure_ascii=False))
+            click.echo(_legible(lambda unicode: _json(document, unicode=unicode)))
         case Format.YAML:
-            click.echo(
-                yaml.safe_dump(_plain(document), sort_keys=False, allow_unicode=True), nl=False
-            )
+            click.echo(_legible(lambda unicode: _yaml(document, unicode=unicode)), nl=False)
 
 
 def rows(headers: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
@@ -79,7 +78,21 @@ def _console() -> Console:
 
 
 def _text(value: object) -> str:
-    return "" if value is None else str(value)
+    return "" if value is None else printable(str(value))
+
+
+def _json(document: object, *, unicode: bool) -> str:
+    return json.dumps(_plain(document), indent=2, ensure_ascii=not unicode)
+
+
+def _yaml(document: object, *, unicode: bool) -> str:
+    return str(yaml.safe_dump(_plain(document), sort_keys=False, allow_unicode=unicode))
+
+
+def _legible(dump: Callable[[bool], str]) -> str:
+    """Return a document in letters as they are, unless something in it is better escaped."""
+    text = dump(True)
+    return text if text == printable(text) else dump(False)
 
 
 def _plain(value: object) -> object:

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -14,6 +15,9 @@ GIB = 1 << 30
 _random = random.Random(7)
 CONTENT = _random.randbytes(MIB) + bytes(MIB) + _random.randbytes(300 * KIB)
 """Of a disk; begins with no format's magic."""
+
+VMDK_TYPES: Final = ("monolithicSparse", "streamOptimized")
+"""What is allowed by default."""
 
 Answer = Callable[[bytes, int], Iterator[bytes]]
 """The body a source sends when asked for the image from an offset on."""

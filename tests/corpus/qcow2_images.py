@@ -221,6 +221,9 @@ def _references() -> Iterator[Case]:
     )
     data = with_fields(extended(data_file, quorum), incompatible=4)
     yield _case(9, "quorum data file", lambda: data, bit)
+    terminal = with_fields(extended(data_file, b"\x1b[2J\xff\n\xe2\x80\xae" * 90), incompatible=4)
+    shown = r"data file .*, '\\x1b\[2J\\\\xff\\n\\u202e.{1,600}'…; an image"
+    yield _case(9, "data file with escapes", lambda: terminal, shown)
     yield _case(10, "chain to itself", lambda: backed("image"), names)
 
 

@@ -11,7 +11,7 @@ from tests.corpus.case import CONTENT, GIB, MIB, By, Case, Sample, bytes_of, con
 _SPARSE: Final = "subformat=monolithicSparse"
 _STREAM: Final = "subformat=streamOptimized"
 _DESCRIPTOR: Final = slice(512, 21 * 512)
-_TYPE: Final = b'createType="monolithicSparse"'
+TYPE: Final = b'createType="monolithicSparse"'
 _EXTENT: Final = b'SPARSE "made"'
 _PARENT: Final = b"parentCID=ffffffff"
 
@@ -105,7 +105,7 @@ def _texts() -> Iterator[Case]:
         yield _case(
             12,
             f"{kind} in a sparse file",
-            partial(edited, old=_TYPE, new=f'createType="{kind}"'.encode()),
+            partial(edited, old=TYPE, new=f'createType="{kind}"'.encode()),
             f"createType is {kind.lower()}",
         )
     for name, data in (("short", text()), ("long", text() + b"#" * 4096)):
@@ -131,15 +131,22 @@ def _descriptors() -> Iterator[Case]:
         (14, "extent of another kind", _EXTENT, b'FLAT "made" 0', one),
         (15, "parent name", _PARENT, _PARENT + b'\nparentFileNameHint="/x"', "names a parent"),
         (15, "parent id", _PARENT, b"parentCID=12345678", "names a parent"),
-        (17, "no createType", _TYPE, b"", f"{kind} missing"),
-        (17, "createType twice", _TYPE, _TYPE + b'\ncreateType="vmfs"', kind),
-        (17, "createType of 70 letters", _TYPE, b'createType="' + b"x" * 70 + b'"', kind),
-        (17, "createType in capitals", _TYPE, b'CREATETYPE="VMFS"', kind),
-        (17, "createType with spaces", _TYPE, b'createType = "vmfs"', kind),
-        (17, "createType behind NUL", _TYPE, b'\0createType="monolithicSparse"', kind),
-        (17, "createType with CR", _TYPE, b'createType="vmfs"\r', kind),
+        (17, "no createType", TYPE, b"", f"{kind} missing"),
+        (17, "createType twice", TYPE, TYPE + b'\ncreateType="vmfs"', kind),
+        (17, "createType of 70 letters", TYPE, b'createType="' + b"x" * 70 + b'"', kind),
+        (17, "createType in capitals", TYPE, b'CREATETYPE="VMFS"', kind),
+        (17, "createType with spaces", TYPE, b'createType = "vmfs"', kind),
+        (
+            17,
+            "createType with escapes",
+            TYPE,
+            b'createType="\x1b[2J\x9b"'.replace(b"\x9b", b"\x7f"),
+            r"createType is \\x1b\[2j\\x7f,",
+        ),
+        (17, "createType behind NUL", TYPE, b'\0createType="monolithicSparse"', kind),
+        (17, "createType with CR", TYPE, b'createType="vmfs"\r', kind),
         (17, "words of nobody's", b"ddb.adapterType", b"surprise ddb.x", "Invalid VMDK descriptor"),
-        (17, "no text", _TYPE, b'createType="\xff\xfe"', "descriptor|createType"),
+        (17, "no text", TYPE, b'createType="\xff\xfe"', "descriptor|createType"),
     ):
         yield _case(number, name, partial(edited, old=old, new=new), refused)
 
