@@ -7,25 +7,30 @@ from dataclasses import dataclass, field
 
 from functional.harness.steps import Taken
 
-_LINE = "{:<22}{:<9}{:>7}{:>8}{:>7}{:>10}{:>9}"
-_HEAD = _LINE.format("scenario", "trouble", "steps", "rounds", "hits", "failures", "seconds")
+_LINE = "{:<22}{:<9}{:>8}{:>7}{:>10}{:>9}"
+_HEAD = _LINE.format("scenario", "trouble", "rounds", "hits", "failures", "seconds")
 
 
 @dataclass(kw_only=True, slots=True)
 class Row:
     scenario: str
     trouble: str
-    steps: int | None = None
     rounds: int = 0
     hits: int = 0
     """Rounds in which the trouble came to something."""
+    misses: int = 0
+    """Rounds since the last of those."""
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
     def note(self, at: str, taken: Taken, problem: str | None) -> None:
         """Count a round."""
         self.rounds += 1
-        self.hits += taken.hit is not None
+        if taken.hit is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+            self.misses = 0
         if problem is not None:
             self.problems.append(f"{at} ({taken.hit}): {problem}")
 
@@ -34,9 +39,8 @@ class Row:
         assert self.hits or not self.rounds, "no trouble came to it"
 
     def __str__(self) -> str:
-        steps = "" if self.steps is None else str(self.steps)
         counts = (self.rounds, self.hits, len(self.problems), round(self.seconds))
-        return _LINE.format(self.scenario, self.trouble, steps, *map(str, counts))
+        return _LINE.format(self.scenario, self.trouble, *counts)
 
 
 class Table:
@@ -51,9 +55,9 @@ class Table:
         self._rows: list[Row] = []
 
     @contextmanager
-    def row(self, scenario: str, trouble: str, steps: int | None = None) -> Iterator[Row]:
+    def row(self, scenario: str, trouble: str) -> Iterator[Row]:
         """Take the time of a row while it is filled, and show it then."""
-        row = Row(scenario=scenario, trouble=trouble, steps=steps)
+        row = Row(scenario=scenario, trouble=trouble)
         self._rows.append(row)
         began = time.monotonic()
         try:

@@ -5,6 +5,7 @@ input is a socket: each message is an argument vector in JSON with a descriptor 
 and the answer to it is a pid. It ends with the other end of the socket.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -18,6 +19,17 @@ from typing import NoReturn
 import agent.cli
 import agent.main
 
+# What the libraries import by name, once the agent runs.
+_LATE = (
+    "anyio._backends._asyncio",
+    "glanceclient.v2.client",
+    "keystoneauth1.loading._plugins.noauth",
+    "pydantic.v1",
+    "uvicorn.lifespan.off",
+    "uvicorn.loops.asyncio",
+    "uvicorn.protocols.http.h11_impl",
+)
+
 
 def main() -> None:
     for package in ("agent", "privsep"):
@@ -25,6 +37,11 @@ def main() -> None:
             importlib.import_module(package).__path__, package + "."
         ):
             importlib.import_module(module.name)
+    for late in _LATE:
+        importlib.import_module(late)
+    # The garbage collector of a fork would write to all of it, and so copy it.
+    gc.collect()
+    gc.freeze()
     wishes = socket.socket(fileno=0)
     wishes.sendall(b"ready")
     while True:
