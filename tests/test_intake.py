@@ -1,5 +1,6 @@
 """Images decoded as they arrive, interrupted anywhere, gone on with."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -21,6 +22,7 @@ from agent.intake import Undecodable, decoded
 from agent.intake.decoded import DecodedIntake
 from agent.intake.marker import MARK_EVERY, Marker
 from agent.intake.plain import PlainIntake
+from agent.intake.writer import Writer
 from agent.partial import Partial
 from agent.qemu_img import QemuImg
 from tests.small_file_system import mounted_file_system
@@ -221,9 +223,32 @@ def test_a_disk_that_is_full_is_said_to_be_so(full_file_system: Path, image: Ima
         converter=QemuImg(),
         cancellation=Cancellation(),
     )
-    with pytest.raises(InsufficientFreeSpace, match="data"):
+    with contextlib.closing(intake):
         intake.take(os.urandom(3 * MIB))
-    intake.close()
+        with pytest.raises(InsufficientFreeSpace, match="data"):
+            intake.digests()
+    assert partial.durable == 0
+
+
+def test_the_network_does_not_wait_for_the_disk_but_for_an_error_of_it() -> None:
+    held, written = threading.Event(), []
+
+    def write(chunk: bytes) -> None:
+        held.wait(10)
+        if chunk == b"bad":
+            raise OSError(errno.EIO, "lost")
+        written.append(chunk)
+
+    writer = Writer(write)
+    with contextlib.closing(writer):
+        for chunk in (b"one", b"two", b"bad", b"three"):
+            writer.put(chunk)
+        assert written == []
+        held.set()
+        writer.close()
+        with pytest.raises(OSError, match="lost"):
+            writer.put(b"four")
+    assert written == [b"one", b"two"]
 
 
 def test_a_sync_that_failed_is_not_forgotten() -> None:

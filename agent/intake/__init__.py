@@ -27,13 +27,13 @@ class Intake(Protocol):
 
         Raises:
             Undecodable: they contradict what came before.
-            OSError, InsufficientFreeSpace: they cannot be written.
+            OSError, InsufficientFreeSpace: they, or some before them, cannot be written.
         """
 
     def digests(self) -> Mapping[str, str]:
         """Return the hex digests, by algorithm, of all that was taken.
 
-        It is on stable storage now.
+        It is on stable storage now. Raises as `take`.
         """
 
     def disk(self, verdict: Verdict) -> Path:

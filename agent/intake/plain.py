@@ -19,6 +19,7 @@ from agent.files import first_bytes, reporting_no_space
 from agent.inspection import HEAD, Inspection, Verdict, refuse_nested
 from agent.intake.hasher import Hashers
 from agent.intake.marker import Marker
+from agent.intake.writer import Writer
 from agent.partial import Partial
 from agent.sparse import SparseFile
 
@@ -71,8 +72,10 @@ class PlainIntake:
         self._file = SparseFile(partial.data, length=self.kept)
         self._size = self.kept
         partial.mark(min(self.kept, partial.durable))
+        self._written = self.kept
         self._hashers = Hashers({name: hashlib.new(name) for name in algorithms})
         self._marker = Marker(self._settle, self.kept)
+        self._writer = Writer(self._write)
         self._worth_marking = False
         try:
             self._replay()
@@ -92,16 +95,21 @@ class PlainIntake:
         return self._size
 
     def take(self, chunk: bytes) -> None:
-        self._worth_marking = False
         self._hashers.update(chunk)
-        size = self._size + len(chunk)
+        self._writer.put(chunk)
+        self._size += len(chunk)
+
+    def _write(self, chunk: bytes) -> None:
+        """Write the next bytes; in the writer's thread."""
+        self._worth_marking = False
+        written = self._written + len(chunk)
         with reporting_no_space(self._partial.data, len(chunk), "writing"):
-            self._file.write(chunk, 0, len(chunk), self._size)
+            self._file.write(chunk, 0, len(chunk), self._written)
             if chunk and not chunk[-1]:
                 # The file's length alone says where a later run goes on.
-                self._file.truncate(size)
-        self._size = size
-        self._marker.reached(size, lambda: size)
+                self._file.truncate(written)
+        self._written = written
+        self._marker.reached(written, lambda: written)
         self._worth_marking = True
 
     def _settle(self, offset: int) -> None:
@@ -115,7 +123,9 @@ class PlainIntake:
             self._file.flush()
 
     def digests(self) -> Mapping[str, str]:
+        self._writer.close()
         self._worth_marking = False
+        self._writer.check()
         self._marker.close()
         self._marker.check()
         self._flush()
@@ -153,12 +163,13 @@ class PlainIntake:
         refuse_nested(image_id, head)
 
     def close(self) -> None:
+        self._writer.close()
         self._marker.close()
         if self._worth_marking:
             self._worth_marking = False
             # Whoever stops the agent may be about to reboot the host.
             with contextlib.suppress(OSError, BootwrightError):
                 self._marker.check()
-                self._settle(self._size)
+                self._settle(self._written)
         self._hashers.close()
         self._file.close()
