@@ -29,7 +29,7 @@ from agent.errors import AgentStopping, BootwrightError, FlavorDiskSmallerThanMi
 from agent.hardware import Hardware
 from agent.host import Host
 from agent.image import Image
-from agent.image_hardware import on_host
+from agent.image_hardware import on_host, warn_of_unknown
 from agent.instances import InstanceRecord
 from agent.job import (
     Action,
@@ -43,7 +43,6 @@ from agent.job import (
 )
 from agent.layout import Layout
 from agent.origin import Origin
-from agent.properties import unknown
 from agent.recorder import EndNotRecorded, Recorder
 from agent.removal import remove_disks, remove_instance
 from agent.report import (
@@ -212,12 +211,7 @@ class Build:
         return record
 
     def _hardware(self, image: Image) -> Hardware:
-        if ignored := unknown(image.properties):
-            LOG.warning(
-                "image %s asks for what this agent cannot give, and does without: %s",
-                image.id,
-                ", ".join(ignored),
-            )
+        warn_of_unknown(image)
         hardware = on_host(image.properties, self._host.hypervisor)
         if hardware.topology is not None:
             hardware.topology.fit(self._flavor.vcpus)

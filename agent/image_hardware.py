@@ -1,9 +1,14 @@
 """What becomes of an image's wishes on this host."""
 
+import logging
 from collections.abc import Mapping
 
 from agent.hardware import Hardware
 from agent.hypervisor import Hypervisor
+from agent.image import Image
+from agent.properties import unknown
+
+LOG = logging.getLogger(__name__)
 
 
 def on_host(properties: Mapping[str, str], hypervisor: Hypervisor) -> Hardware:
@@ -18,3 +23,13 @@ def on_host(properties: Mapping[str, str], hypervisor: Hypervisor) -> Hardware:
         return hardware
     offers = hypervisor.offers(hardware.machine)
     return hardware.on(secure_boot=offers.secure_boot, tpm=offers.tpm)
+
+
+def warn_of_unknown(image: Image) -> None:
+    """Tell in the log what the guest does without, of all that the image asks for."""
+    if ignored := unknown(image.properties):
+        LOG.warning(
+            "image %s asks for what this agent cannot give, and does without: %s",
+            image.id,
+            ", ".join(ignored),
+        )

@@ -28,7 +28,7 @@ from agent.change import Change, is_running
 from agent.devices import reassign_devices
 from agent.disk import Disk
 from agent.domain_changes import Kernel
-from agent.domain_remade import ram_mib, remade
+from agent.domain_remade import ram_mib, remade, vcpus
 from agent.errors import (
     AgentStopping,
     BackendError,
@@ -40,7 +40,7 @@ from agent.errors import (
 from agent.hardware import Hardware
 from agent.host import Host
 from agent.image import Image
-from agent.image_hardware import on_host
+from agent.image_hardware import on_host, warn_of_unknown
 from agent.instances import InstanceRecord, Rebuild
 from agent.job import ImagesType, JobRequest, OnFailure
 from agent.origin import Origin
@@ -142,10 +142,14 @@ def _require_possible(change: Change, record: InstanceRecord, image: Image) -> N
             f"image {image.id} wants a config drive, and instance {record.name} has none",
             "delete the instance and boot it anew",
         )
+    warn_of_unknown(image)
     hardware = on_host(image.properties, change.host.hypervisor)
     if change.state(record) is None:
         return
-    ram = ram_mib(change.host.hypervisor.xml(change.uuid))
+    xml = change.host.hypervisor.xml(change.uuid)
+    if hardware.topology is not None:
+        hardware.topology.fit(vcpus(xml))
+    ram = ram_mib(xml)
     if image.min_ram > ram:
         raise InvalidJob(
             f"image {image.id} asks for {image.min_ram} MiB of memory (min_ram), instance "

@@ -10,8 +10,9 @@ import pytest
 
 from agent.disk import Disk, Link
 from agent.errors import BackendError, InstanceExists, NotFound
-from agent.instances import InstanceRecord, Instances
+from agent.instances import InstanceRecord, Instances, Rebuild
 from agent.job import ImagesType
+from agent.origin import Origin
 from agent.report import Role
 
 UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
@@ -58,6 +59,41 @@ def test_record_survives_a_restart_unchanged(instances: Instances, tmp_path: Pat
     assert again.standing_on(BASE) == [record(tmp_path)]
     assert again.standing_on("0" * 40) == []
     assert again.unreadable == ()
+
+
+def test_what_comes_and_what_goes_is_the_instances_too(
+    instances: Instances, tmp_path: Path
+) -> None:
+    known = record(tmp_path)
+    swap = Disk(
+        backend=ImagesType.RAW,
+        role=Role.SWAP,
+        path=tmp_path / UUID / "disk.swap",
+        format="raw",
+        virtual_size=1 << 20,
+    )
+    coming, going = (
+        replace(known.root, path=tmp_path / UUID / name, base_name=base)
+        for name, base in (("disk.rebuilt", "1" * 40), ("disk.old", "2" * 40))
+    )
+    rebuild = Rebuild(
+        job_id="job-2",
+        origin=Origin(root="img-2", kernel="img-3"),
+        image_digest=None,
+        image_properties={},
+        disks=(coming, replace(swap, bus="scsi")),
+        domain_xml=None,
+        was_running=False,
+    )
+    known = replace(known, disks=(known.root, swap), rebuild=rebuild, replaced=(going,))
+    instances.write(known)
+
+    [again] = Instances(tmp_path).all()
+
+    assert again == known
+    names = [disk.path.name for disk in again.every_disk]
+    assert names == ["disk", "disk.swap", "disk.rebuilt", "disk.old"]
+    assert again.base_names == {BASE, "1" * 40, "2" * 40}
 
 
 def test_directory_lets_the_hypervisors_user_through_and_nobody_look(
