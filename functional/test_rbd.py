@@ -214,18 +214,48 @@ def boot(agent: Agent, ceph: Ceph, image_id: str, guest: Guest) -> dict[str, Any
     return dict(result)
 
 
-def test_guest_boots_off_an_image_that_was_imported(
-    agent: Agent, ceph: Ceph, images: Images, guest: Guest
+def virtual_size(ceph: Ceph, image: str) -> int:
+    return int(json.loads(ceph.rbd("info", "--format", "json", f"{POOL}/{image}"))["size"])
+
+
+def sources(libvirtd: PrivateLibvirtd) -> list[str]:
+    """The images that what runs has, in the order of its disks."""
+    xml = etree.fromstring(libvirtd.virsh("dumpxml", "web-1"))
+    return [str(source.get("name")) for source in xml.iterfind("devices/disk/source")]
+
+
+def test_guest_off_an_imported_image_grows_and_is_rescued_and_rebuilt(
+    agent: Agent, ceph: Ceph, images: Images, guest: Guest, libvirtd: PrivateLibvirtd
 ) -> None:
     result = boot(agent, ceph, images.root, guest)
     assert result["image"]["source"] == "glance"
+    uuid = result["instance"]["uuid"]
+    its = {f"{uuid}_disk", f"{uuid}_disk.eph0", f"{uuid}_disk.swap"}
     agent.json("instance", "resize", "web-1", "--flavor", "1x192x3")
-    [size] = [
-        image["size"]
-        for image in json.loads(ceph.rbd("ls", "-l", "--format", "json", POOL))
-        if image["image"].endswith("_disk")
-    ]
-    assert size == 3 * GIB
+    assert virtual_size(ceph, f"{uuid}_disk") == 3 * GIB
+
+    rescued = agent.json("instance", "rescue", "web-1")
+
+    assert rescued["status"] == "ACTIVE"
+    assert ceph.images(POOL) == {*its, f"{uuid}_disk.rescue"}
+    names = [f"{POOL}/{uuid}_disk{name}" for name in ("", ".eph0", ".swap", ".rescue")]
+    assert sources(libvirtd) == names
+
+    ended = agent.json("instance", "unrescue", "web-1")
+
+    assert ended["status"] == "ACTIVE"
+    assert ceph.images(POOL) == its
+    assert sources(libvirtd) == names[:3]
+
+    rebuilt = agent.json("instance", "rebuild", "web-1", "--image", images.root)
+
+    assert rebuilt["status"] == "ACTIVE"
+    # No guest has said anything so soon after its start.
+    before = len(agent.run("instance", "console", "web-1").stdout)
+    seen = wait_ready(lambda: agent.run("instance", "console", "web-1").stdout[before:])
+    assert (seen.content_sha256, seen.bootcount) == (guest.content_sha256, 1)
+    assert seen.disks == {"vda": 3 * GIB, "vdb": GIB, "vdc": 64 << 20}
+    assert ceph.images(POOL) == {*its - {f"{uuid}_disk"}, f"{uuid}_disk.rebuilt"}
     agent.json("instance", "delete", "web-1")
     assert ceph.images(POOL) == set()
 
