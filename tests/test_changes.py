@@ -301,6 +301,43 @@ def test_rebuild_that_a_crash_interrupts_goes_on_with_the_images_it_began_with(s
     assert known.image_properties == {"kernel_id": "kernel", "os_command_line": "quiet"}
 
 
+class Last(Hypervisor):
+    """The agent is gone as soon as a domain has started."""
+
+    def start(self, uuid: str) -> None:
+        super().start(uuid)
+        raise AgentStopping("enough")
+
+
+def test_guest_that_runs_on_its_new_disk_is_not_started_twice(site: Site) -> None:
+    site.run()
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
+    last = Last("test:///default", virt_type="test")
+    with pytest.raises(AgentStopping):
+        rebuild(dataclasses.replace(site.host, hypervisor=last), request, recorder, Cancellation())
+    last.close()
+    running = boot_id(site)
+
+    rebuild(site.host, request, Recorder(site.journal, queued(site, recorder)), Cancellation())
+
+    assert boot_id(site) == running
+    assert files(site) == {"console.log", "disk.rebuilt", "instance.json"}
+
+
+def test_domain_that_a_crash_has_left_undefined_comes_back_rebuilt(site: Site) -> None:
+    site.run()
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
+    host = restarted(site, lambda host, stops: rebuild(host, request, recorder, stops))
+    # As between the two halves of `Hypervisor.define_anew`.
+    site.hypervisor.destroy(site.uuid)
+    site.hypervisor.undefine(site.uuid)
+
+    rebuild(host, request, Recorder(site.journal, queued(site, recorder)), Cancellation())
+
+    assert site.hypervisor.state(site.uuid) == "running"
+    assert sources_of(site.hypervisor.xml(site.uuid)) == {str(site.directory / "disk.rebuilt")}
+
+
 def test_rescue_that_a_crash_interrupts_goes_on_with_the_images_it_began_with(site: Site) -> None:
     site.run()
     kernel = site.kit.source.add(random_bytes(1), image_id="kernel", disk_format="aki")
