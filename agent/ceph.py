@@ -1,157 +1,129 @@
-"""A Ceph cluster, in the few calls that disks in it need: librados and librbd.
+"""A Ceph cluster, in the few calls that disks in it need.
 
-Their Python modules are no packages of PyPI. They are Debian's python3-rados and
-python3-rbd, and are loaded from where these lie, nothing else with them.
+A connection that the cluster has given up (an OSD's blocklist, monitors that moved
+while the agent slept) never works again: whoever meets that has it replaced.
 """
 
 import configparser
 import contextlib
 import errno
-import importlib.machinery
-import importlib.util
 import json
+import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Final, Protocol, Self, cast
+from typing import Any, Final, TypeVar
 
-from agent import sparse
-from agent.cancellation import Cancellation
+from agent import ceph_bindings
+from agent.ceph_bindings import Bindings
+from agent.ceph_pool import Pool
 from agent.errors import BackendError, InsufficientFreeSpace
 
-_DEBIAN: Final = "/usr/lib/python3/dist-packages"
-_PACKAGES: Final = {"rados": "python3-rados", "rbd": "python3-rbd"}
+LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Monitors move rarely, and whoever is started meanwhile needs one that is left.
 _MONITORS_S: Final = 300.0
-# One call for one object; a cluster that is down answers none.
-_CALL_LIMIT_S: Final = 60
-_STEP: Final = 4 << 20  # one object of an image
-_OURS: Final = "bootwright.instance"
-"""The key of an image's metadata that says whose it is."""
+# One call for one object, which a cluster that is down does not answer; with the second attempt
+# a job has lost a minute by then.
+_CALL_LIMIT_S: Final = 30
+_UNLIMITED: Final = ("0", "0.000000")
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+# ESHUTDOWN is what a client on the blocklist gets, which Ceph also calls EBLOCKLISTED. A
+# connection whose monitors have moved just gets no answer.
+_LOST: Final = (errno.ESHUTDOWN, errno.ENOTCONN, errno.ETIMEDOUT)
+_NOT_FOR_US: Final = (errno.ENOENT, errno.EPERM, errno.EACCES)
 
 
-class Image(Protocol):
-    """The calls in use of `rbd.Image`."""
+class Connection:
+    """One connection of one user; threads may share it.
 
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *_: object) -> None: ...
-    def size(self) -> int: ...
-    def resize(self, size: int) -> None: ...
-    def write(self, data: bytes, offset: int) -> int: ...
-    def flush(self) -> None: ...
-    def metadata_get(self, key: str) -> str: ...
-    def metadata_set(self, key: str, value: str) -> None: ...
-
-
-def available() -> str | None:
-    """Return what is missing to speak to Ceph; None if nothing is."""
-    for name, package in _PACKAGES.items():
-        try:
-            _module(name)
-        except ImportError:
-            return package
-    return None
-
-
-def _module(name: str) -> ModuleType:
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.find_spec(name) or importlib.machinery.PathFinder.find_spec(
-        name, [_DEBIAN]
-    )
-    if spec is None or spec.loader is None:
-        raise ImportError(f"there is no module {name}", name=name)
-    module = importlib.util.module_from_spec(spec)
-    # Before it runs: rbd imports rados by its name.
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-class Cluster:
-    """One cluster as one of its users sees it; threads may share it.
-
-    Every method raises `BackendError` if the cluster is away or refuses.
+    Every method raises `BackendError` if the cluster is away or refuses,
+    `InsufficientFreeSpace` if it is full.
     """
 
-    def __init__(self, conf: Path | None, user: str, *, connect_timeout_s: float) -> None:
-        """Connects at the first call. `conf`: None for Ceph's own places."""
-        self._rados = cast("Any", _module("rados"))
-        self._rbd = cast("Any", _module("rbd"))
-        self._conf = "" if conf is None else os.fspath(conf)
-        self.user = user
-        self._connect_timeout_s = connect_timeout_s
-        self._lock = threading.Lock()
-        self._connection: Any = None
+    def __init__(
+        self,
+        bindings: Bindings,
+        *,
+        conf: str,
+        user: str,
+        connect_timeout_s: float,
+        call_limit_s: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._rados = bindings.rados
+        self._rbd = bindings.rbd
+        self._user = user
+        self._clock = clock
         self._monitors: tuple[tuple[str, int], ...] = ()
         self._monitors_at = 0.0
+        self._lost = False
+        try:
+            # It shuts down with the last reference to it: other threads may be in a call.
+            self._handle = self._rados.Rados(conffile=conf, name=f"client.{user}")
+            for option in ("rados_osd_op_timeout", "rados_mon_op_timeout"):
+                # Ceph's own default is to wait for ever.
+                if self._handle.conf_get(option) in _UNLIMITED:
+                    self._handle.conf_set(option, str(call_limit_s))
+            # Without it a wrong key is waited for five minutes, as QEMU does.
+            self._handle.connect(timeout=connect_timeout_s)
+        except self._rados.Error as e:
+            raise BackendError(
+                f"connecting to Ceph as client.{user}: {e}",
+                "check images_rbd_ceph_conf and rbd_user in [libvirt], that the keyring can be "
+                "read by the agent's user, and 'ceph -s'",
+            ) from e
 
-    def _connected(self) -> Any:
-        with self._lock:
-            if self._connection is None:
-                what = f"connecting to Ceph as client.{self.user}"
-                with self._translated(what):
-                    connection = self._rados.Rados(conffile=self._conf, name=f"client.{self.user}")
-                    for option in ("rados_osd_op_timeout", "rados_mon_op_timeout"):
-                        # Ceph's own default is to wait for ever.
-                        if connection.conf_get(option) in ("0", "0.000000"):
-                            connection.conf_set(option, str(_CALL_LIMIT_S))
-                    # Without it a wrong key is waited for five minutes, as QEMU does.
-                    connection.connect(timeout=self._connect_timeout_s)
-                self._connection = connection
-            return self._connection
+    @property
+    def lost(self) -> bool:
+        """Whether a call has found out that it will never work again."""
+        return self._lost
 
     @contextlib.contextmanager
     def _translated(self, what: str) -> Iterator[None]:
         try:
             yield
-        except self._rados.OSError as e:
-            if isinstance(e, self._rados.NoSpace):
+        except (self._rados.Error, self._rbd.Error) as e:
+            number = getattr(e, "errno", None)
+            if number in _LOST:
+                self._lost = True
+            if number in _FULL:
                 raise InsufficientFreeSpace(
-                    f"{what}: the cluster is full", "free space in it"
+                    f"{what}: the cluster, or a quota in it, is full", "free space in it"
                 ) from e
-            raise BackendError(
-                f"{what}: {e}",
-                "check images_rbd_ceph_conf and rbd_user in [libvirt], that the keyring can be "
-                "read by the agent's user, and 'ceph -s'",
-            ) from e
-        except self._rbd.OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InsufficientFreeSpace(f"{what}: it is full", "free space in it") from e
             raise BackendError(f"{what}: {e}", "look at the cluster with 'ceph -s'") from e
 
     @property
     def fsid(self) -> str:
-        connection = self._connected()
         with self._translated("asking for the id of the cluster"):
-            return str(connection.get_fsid())
+            return str(self._handle.get_fsid())
 
     def monitors(self) -> tuple[tuple[str, int], ...]:
         """Return address and port of each monitor, as QEMU wants them (protocol v1)."""
-        if time.monotonic() - self._monitors_at < _MONITORS_S and self._monitors:
+        if self._monitors and self._clock() - self._monitors_at < _MONITORS_S:
             return self._monitors
-        connection = self._connected()
         what = "asking for the monitors of the cluster"
         with self._translated(what):
-            status, answer, error = connection.mon_command(
+            status, answer, error = self._handle.mon_command(
                 json.dumps({"prefix": "mon dump", "format": "json"}), b""
             )
         if status:
-            raise BackendError(f"{what}: {error}", f"client.{self.user} needs mon 'profile rbd'")
+            # This call tells by a number what all others raise.
+            self._lost = self._lost or abs(status) in _LOST
+            raise BackendError(
+                f"{what}: {error or os.strerror(abs(status))}",
+                f"client.{self._user} needs mon 'profile rbd'; else see 'ceph -s'",
+            )
         found = []
         for monitor in json.loads(answer)["mons"]:
             address, _, port = monitor["public_addr"].partition("/")[0].rpartition(":")
             found.append((address.strip("[]"), int(port)))
-        self._monitors, self._monitors_at = tuple(found), time.monotonic()
+        self._monitors, self._monitors_at = tuple(found), self._clock()
         return self._monitors
 
     def key(self) -> bytes:
@@ -160,14 +132,15 @@ class Cluster:
         Raises:
             BackendError: no keyring of those configured has it, or can be read.
         """
-        connection = self._connected()
-        section = f"client.{self.user}"
-        places = [Path(place.strip()) for place in connection.conf_get("keyring").split(",")]
+        section = f"client.{self._user}"
+        with self._translated("asking for the places of keyrings"):
+            configured = self._handle.conf_get("keyring")
+        places = [Path(place.strip()) for place in configured.split(",")]
         for place in places:
             keyring = configparser.ConfigParser(interpolation=None)
             try:
                 keyring.read_string(place.read_text())
-            except (OSError, configparser.Error):
+            except (OSError, configparser.Error, UnicodeDecodeError):
                 continue
             key = keyring.get(section, "key", fallback=None)
             if key:
@@ -178,126 +151,105 @@ class Cluster:
         )
 
     @contextlib.contextmanager
-    def pool(self, name: str) -> Iterator["Pool"]:
-        connection = self._connected()
+    def pool(self, name: str) -> Iterator[Pool]:
         with self._translated(f"opening pool {name}"):
-            context = connection.open_ioctx(name)
+            context = self._handle.open_ioctx(name)
         try:
             yield Pool(name, context, self._rbd, self._translated)
         finally:
             context.close()
 
-    def clone(self, parent: tuple[str, str, str], pool: "Pool", name: str) -> None:
+    def clone(self, parent: tuple[str, str, str], pool: Pool, name: str) -> None:
         """Make image `name` of a protected snapshot: pool, image, snapshot."""
         parent_pool, image, snapshot = parent
-        connection = self._connected()
         with self._translated(f"cloning {'/'.join(parent)} to {pool.name}/{name}"):
-            context = connection.open_ioctx(parent_pool)
+            context = self._handle.open_ioctx(parent_pool)
             try:
                 self._rbd.RBD().clone(context, image, snapshot, pool.context, name)
             finally:
                 context.close()
 
     def snapshot_size(self, parent: tuple[str, str, str]) -> int | None:
-        """Return the bytes of a snapshot; None if it is not there or not for us."""
+        """Return the bytes of a snapshot; None if it is not there, or not for us."""
         parent_pool, image, snapshot = parent
-        connection = self._connected()
         try:
-            context = connection.open_ioctx(parent_pool)
-            try:
-                with self._rbd.Image(context, image, snapshot=snapshot, read_only=True) as opened:
-                    return int(opened.size()) if opened.is_protected_snap(snapshot) else None
-            finally:
-                context.close()
-        except (self._rados.OSError, self._rbd.OSError):
-            return None
-
-
-class Pool:
-    """The images of one pool; used by one thread."""
-
-    def __init__(
-        self,
-        name: str,
-        context: Any,
-        rbd: Any,
-        translated: Callable[[str], contextlib.AbstractContextManager[None]],
-    ) -> None:
-        self.name = name
-        self.context = context
-        self._rbd = rbd
-        self._translated = translated
-
-    def names(self) -> list[str]:
-        with self._translated(f"listing pool {self.name}"):
-            return list(self._rbd.RBD().list(self.context))
-
-    @contextlib.contextmanager
-    def _opened(self, name: str, what: str) -> Iterator[Image]:
-        with self._translated(f"{what} {self.name}/{name}"), self._open(name) as image:
-            yield image
-
-    def _open(self, name: str) -> Image:
-        return cast("Image", self._rbd.Image(self.context, name))
-
-    def owner(self, name: str) -> str | None:
-        """Return which instance an image is of, "" for none of ours; None if it is not there."""
-        try:
-            with self._opened(name, "looking at") as image:
+            with self._translated(f"looking at {'/'.join(parent)}"):
+                context = self._handle.open_ioctx(parent_pool)
                 try:
-                    return image.metadata_get(_OURS)
-                except KeyError:
-                    return ""
+                    return self._size_if_protected(context, image, snapshot)
+                finally:
+                    context.close()
         except BackendError as e:
-            if isinstance(e.__cause__, self._rbd.ImageNotFound):
+            if getattr(e.__cause__, "errno", None) in _NOT_FOR_US:
                 return None
             raise
 
-    def size(self, name: str) -> int:
-        with self._opened(name, "looking at") as image:
-            return image.size()
+    def _size_if_protected(self, context: Any, image: str, snapshot: str) -> int | None:
+        with self._rbd.Image(context, image, snapshot=snapshot, read_only=True) as opened:
+            return int(opened.size()) if opened.is_protected_snap(snapshot) else None
 
-    def create(self, name: str, size: int) -> None:
-        with self._translated(f"creating {self.name}/{name}"):
-            self._rbd.RBD().create(self.context, name, size, old_format=False)
 
-    def mark(self, name: str, instance_uuid: str) -> None:
-        with self._opened(name, "marking") as image:
-            image.metadata_set(_OURS, instance_uuid)
+class Cluster:
+    """One cluster as one of its users sees it; threads may share it."""
 
-    def fill(self, name: str, fd: int, cancellation: Cancellation) -> None:
-        """Write all that is no hole of an open file to where it stands in the image, durably.
+    def __init__(
+        self,
+        conf: Path | None,
+        user: str,
+        *,
+        connect_timeout_s: float,
+        call_limit_s: int = _CALL_LIMIT_S,
+        bindings: Bindings | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Connects at the first call.
+
+        Args:
+            conf: None for Ceph's own places.
+            call_limit_s: for one call of librados, where Ceph's configuration has no limit.
+            bindings: None for those of this host.
+        """
+        self._bindings = bindings or ceph_bindings.load()
+        self._conf = "" if conf is None else os.fspath(conf)
+        self.user = user
+        self._connect_timeout_s = connect_timeout_s
+        self._call_limit_s = call_limit_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+
+    def connection(self) -> Connection:
+        """Return the connection in use, or another if that is lost.
 
         Raises:
-            BootwrightError: the reason of the cancellation.
+            BackendError: the cluster is away or refuses.
         """
-        with self._opened(name, "writing to") as image:
-            for start, end in sparse.data_extents(fd, 0, os.fstat(fd).st_size):
-                begin = start
-                while begin < end:
-                    cancellation.check()
-                    data = os.pread(fd, min(_STEP, end - begin), begin)
-                    image.write(data, begin)
-                    begin += len(data)
-            image.flush()
+        with self._lock:
+            if self._connection is None or self._connection.lost:
+                self._connection = Connection(
+                    self._bindings,
+                    conf=self._conf,
+                    user=self.user,
+                    connect_timeout_s=self._connect_timeout_s,
+                    call_limit_s=self._call_limit_s,
+                    clock=self._clock,
+                )
+            return self._connection
 
-    def resize(self, name: str, size: int) -> None:
-        with self._opened(name, "resizing") as image:
-            image.resize(size)
+    def call(self, work: Callable[[Connection], T]) -> T:
+        """Return what `work` returns; have it done again, once, if its connection is lost.
 
-    def rename(self, name: str, to: str) -> None:
-        with self._translated(f"renaming {self.name}/{name}"):
-            self._rbd.RBD().rename(self.context, name, to)
+        So `work` has to come to the same when it was done before, in part or as a whole.
 
-    def remove(self, name: str) -> bool:
-        """Remove an image; False if somebody has it open. One that is not there is no error."""
+        Raises:
+            BackendError: the cluster is away or refuses.
+            And whatever else `work` raises.
+        """
+        connection = self.connection()
         try:
-            with self._translated(f"removing {self.name}/{name}"):
-                self._rbd.RBD().remove(self.context, name)
+            return work(connection)
         except BackendError as e:
-            if isinstance(e.__cause__, self._rbd.ImageNotFound):
-                return True
-            if isinstance(e.__cause__, self._rbd.ImageBusy):
-                return False
-            raise
-        return True
+            if not connection.lost:
+                raise
+            LOG.warning("lost the connection to Ceph, opening another: %s", e.message)
+        return work(self.connection())

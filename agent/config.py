@@ -19,7 +19,7 @@ import keystoneauth1.exceptions
 from keystoneauth1 import loading
 from oslo_config import cfg, generator, types
 
-from agent import ceph, config_files, options
+from agent import ceph_bindings, config_files, options
 from agent.config_files import Assignment, ConfigError
 from agent.disk import DiskType
 from agent.job import ConfigDriveFormat, GuestFormat, ImagesType
@@ -207,7 +207,7 @@ class Configuration:
             if libvirt.images_type == ImagesType.RBD:
                 raise ConfigError("[libvirt] images_type = rbd needs rbd_user")
             return None
-        if (missing := ceph.available()) is not None:
+        if (missing := ceph_bindings.available()) is not None:
             raise ConfigError(f"[libvirt] rbd_user needs the Debian package {missing}")
         return RbdSettings(
             pool=libvirt.images_rbd_pool,

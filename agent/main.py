@@ -1,6 +1,7 @@
 """The life of the agent, from the first system call to the last."""
 
 import enum
+import functools
 import logging
 import queue
 import signal
@@ -377,15 +378,12 @@ def _lvm(settings: Settings) -> Lvm | None:
 
 
 def _rbd(rbd: RbdSettings, settings: Settings, hypervisor: Hypervisor) -> Rbd:
-    usage = f"client.{rbd.user} of bootwright"
     return Rbd(
         Cluster(rbd.ceph_conf, rbd.user, connect_timeout_s=rbd.connect_timeout_s),
         pool=rbd.pool,
         secret_uuid=rbd.secret_uuid,
         # What somebody has chosen the uuid of, somebody may have given a value.
-        share_key=lambda uuid, key: hypervisor.ensure_secret(
-            uuid, f"{usage}, {uuid}", key, replace=rbd.secret_uuid is None
-        ),
+        share_key=functools.partial(hypervisor.ensure_secret, replace=rbd.secret_uuid is None),
         scratch=settings.instances_path,
         clones=not settings.images.signatures.verify,
         busy_retries=rbd.busy_retries,

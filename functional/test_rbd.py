@@ -1,6 +1,8 @@
 """Disks in a real Ceph cluster: the contract of backends, and guests that boot off them."""
 
+import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -11,13 +13,16 @@ from typing import Any
 import pytest
 from lxml import etree
 
-from agent import ceph as modules
+from agent import ceph_bindings
 from agent.backends.rbd import Rbd
 from agent.base import Base
-from agent.ceph import Cluster
+from agent.cancellation import Cancellation
+from agent.ceph import Cluster, Connection
+from agent.ceph_pool import Pool
 from agent.disk import Disk, Home
 from agent.errors import BackendError
 from agent.image import Image
+from agent.report import Role
 from functional.conftest import CACHE, Images, MakeAgent, boot_files
 from functional.harness import glance as glances
 from functional.harness.agent import USER, Agent
@@ -27,7 +32,7 @@ from functional.harness.glance import Glance
 from functional.harness.guest import Guest
 from functional.harness.libvirtd import PrivateLibvirtd
 from tests.backend_contract import *  # noqa: F403 - the contract suite
-from tests.backend_contract import base, prepared
+from tests.backend_contract import MIB, base, prepared
 
 GIB = 1 << 30
 UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
@@ -46,11 +51,6 @@ def cluster(ceph: Ceph) -> Cluster:
     return Cluster(ceph.conf, USER, connect_timeout_s=5)
 
 
-def rbd_module() -> Any:
-    assert modules.available() is None
-    return __import__("rbd")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RbdSite:
     """See `BackendSite`."""
@@ -60,21 +60,31 @@ class RbdSite:
     bases: Path
     cluster: Cluster
 
+    @contextlib.contextmanager
+    def pool(self) -> Iterator[Pool]:
+        with self.cluster.connection().pool(POOL) as pool:
+            yield pool
+
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[Any]:
+        with self.pool() as pool, ceph_bindings.load().rbd.Image(pool.context, name) as image:
+            yield image
+
     def read(self, disk: Disk) -> bytes:
-        with self.cluster.pool(POOL) as pool, rbd_module().Image(pool.context, disk.path.name) as i:
-            data: bytes = i.read(0, i.size())
+        with self.opened(disk.path.name) as image:
+            data: bytes = image.read(0, image.size())
             return data
 
     def write(self, disk: Disk, data: bytes) -> None:
-        with self.cluster.pool(POOL) as pool, rbd_module().Image(pool.context, disk.path.name) as i:
-            i.write(data, 0)
+        with self.opened(disk.path.name) as image:
+            image.write(data, 0)
 
     def found(self) -> set[str]:
-        with self.cluster.pool(POOL) as pool:
+        with self.pool() as pool:
             return set(pool.names())
 
     def occupy(self, disk: Disk) -> None:
-        with self.cluster.pool(POOL) as pool:
+        with self.pool() as pool:
             pool.create(disk.path.name, 1 << 20)
 
 
@@ -85,7 +95,7 @@ def site(cluster: Cluster, tmp_path: Path) -> Iterator[RbdSite]:
         cluster,
         pool=POOL,
         secret_uuid=None,
-        share_key=lambda _uuid, _key: None,
+        share_key=lambda _uuid, _usage, _key: None,
         scratch=tmp_path,
         clones=True,
         busy_retries=20,
@@ -94,14 +104,14 @@ def site(cluster: Cluster, tmp_path: Path) -> Iterator[RbdSite]:
     home = Home(uuid=UUID, directory=tmp_path / UUID)
     site = RbdSite(backend=backend, home=home, bases=tmp_path / "_base", cluster=cluster)
     yield site
-    with cluster.pool(POOL) as pool:
+    with site.pool() as pool:
         for name in pool.names():
             pool.remove(name)
 
 
 def test_image_that_was_left_half_made_is_made_anew(site: RbdSite) -> None:
     content = base(site)
-    with site.cluster.pool(POOL) as pool:
+    with site.pool() as pool:
         pool.create(f".bootwright-{UUID}_disk", 1 << 20)
     disk = prepared(site, content)
     assert site.found() == {disk.path.name}
@@ -113,7 +123,7 @@ def test_image_that_somebody_has_open_is_removed_when_it_is_closed(site: RbdSite
     opened = threading.Event()
 
     def hold() -> None:
-        with site.cluster.pool(POOL) as pool, rbd_module().Image(pool.context, disk.path.name):
+        with site.opened(disk.path.name):
             opened.set()
             time.sleep(0.5)
 
@@ -148,6 +158,63 @@ def test_only_what_glance_itself_calls_an_image_is_cloned_for_it(site: RbdSite, 
     assert direct("mine") is None
 
 
+def blocklist(site: RbdSite, ceph: Ceph) -> None:
+    """What a cluster does to a client that it has taken for dead."""
+    with site.pool() as pool:
+        pool.create("watched", 1 << 20)
+    with site.opened("watched"):
+        status = json.loads(ceph.rbd("status", "--format", "json", f"{POOL}/watched"))
+        [watcher] = status["watchers"]
+        ceph.command("osd blocklist", blocklistop="add", addr=watcher["address"])
+        ceph.rbd("status", f"{POOL}/watched")
+    ceph.rbd("rm", f"{POOL}/watched")
+
+
+def test_blocklisted_connection_is_replaced(
+    site: RbdSite, ceph: Ceph, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = base(site)
+    disk = prepared(site, content)
+    blocklist(site, ceph)
+    assert site.backend.grow(disk, 16 * MIB).virtual_size == 16 * MIB
+    assert "lost the connection to Ceph" in caplog.text
+    assert site.read(disk).startswith(content.path.read_bytes())
+
+
+def test_connection_that_is_blocklisted_while_a_disk_is_made_costs_one_more_attempt(
+    site: RbdSite, ceph: Ceph
+) -> None:
+    disk = site.backend.plan(site.home, Role.EPHEMERAL, "disk.eph0", None, 8 * MIB)
+    attempts = []
+
+    def write(fd: int) -> None:
+        attempts.append(fd)
+        if len(attempts) == 1:
+            blocklist(site, ceph)
+        os.pwrite(fd, b"x" * 512, MIB)
+
+    site.backend.generate(disk, write, Cancellation())
+    assert len(attempts) == 2
+    assert site.found() == {disk.path.name}
+    assert site.read(disk) == bytes(MIB) + b"x" * 512 + bytes(7 * MIB - 512)
+
+
+def test_cluster_that_answers_nothing_is_waited_for_no_longer_than_the_limit(
+    ceph: Ceph,
+) -> None:
+    cluster = Cluster(ceph.conf, USER, connect_timeout_s=5, call_limit_s=2)
+    before = cluster.connection()
+    with ceph.hanging(), pytest.raises(BackendError, match=f"listing pool {POOL}"):
+        cluster.call(_names)
+    assert cluster.call(_names) == []
+    assert cluster.connection() is not before
+
+
+def _names(connection: Connection) -> list[str]:
+    with connection.pool(POOL) as pool:
+        return pool.names()
+
+
 def test_wrong_key_is_told_at_once(ceph: Ceph, tmp_path: Path) -> None:
     keyring = tmp_path / "keyring"
     wrong = "AQBbKXVmAAAAABAA0v6u0l0hbD9T0tX2Zw0m8w=="
@@ -156,7 +223,7 @@ def test_wrong_key_is_told_at_once(ceph: Ceph, tmp_path: Path) -> None:
     conf.write_text(ceph.conf.read_text() + f"[client]\nkeyring = {keyring}\n")
     began = time.monotonic()
     with pytest.raises(BackendError, match=f"connecting to Ceph as client.{USER}"):
-        Cluster(conf, USER, connect_timeout_s=3).monitors()
+        Cluster(conf, USER, connect_timeout_s=3).connection()
     assert time.monotonic() - began < 10
 
 

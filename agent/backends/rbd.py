@@ -7,22 +7,25 @@ An image becomes a disk by its renaming, when all of it is there, and says in it
 metadata whose it is. What bears a disk's name without that is somebody else's.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from agent.backends import Write, disk_file
 from agent.base import Base
 from agent.cancellation import Cancellation
-from agent.ceph import Cluster, Pool
+from agent.ceph import Cluster, Connection
+from agent.ceph_pool import Pool
 from agent.disk import Disk, DiskType, Home, RbdAccess
-from agent.errors import BackendError
+from agent.errors import BackendError, BootwrightError
+from agent.files import reporting_no_space
 from agent.image import Image
 from agent.job import ImagesType
 from agent.report import Role
@@ -41,7 +44,7 @@ class Rbd:
         *,
         pool: str,
         secret_uuid: str | None,
-        share_key: Callable[[str, bytes], None],
+        share_key: Callable[[str, str, bytes], None],
         scratch: Path,
         clones: bool,
         busy_retries: int,
@@ -49,7 +52,7 @@ class Rbd:
     ) -> None:
         """`secret_uuid`: None for one that follows from the cluster and the user.
 
-        `share_key(secret_uuid, key)` makes sure that the hypervisor has the user's key.
+        `share_key(secret_uuid, usage, key)` makes sure that the hypervisor has the user's key.
 
         `scratch`: a directory for files that no name is given to. `clones`: whether an
         image may be used as the cluster has it, its bytes unread.
@@ -64,18 +67,17 @@ class Rbd:
         self._busy_interval_s = busy_interval_s
 
     def direct(self, image: Image, /) -> Base | None:
-        if not self._clones or image.disk_format != "raw":
+        if not self._clones or image.disk_format != "raw" or not image.locations:
             return None
+        return self._cluster.call(lambda ceph: self._direct(ceph, image))
+
+    def _direct(self, ceph: Connection, image: Image) -> Base | None:
         for location in image.locations:
             match = _LOCATION.fullmatch(location)
             # A location may be anybody's word: only what Glance itself calls this image counts.
-            if match is None or (match[1], match[3], match[4]) != (
-                self._cluster.fsid,
-                image.id,
-                "snap",
-            ):
+            if match is None or (match[1], match[3], match[4]) != (ceph.fsid, image.id, "snap"):
                 continue
-            size = self._cluster.snapshot_size((match[2], match[3], match[4]))
+            size = ceph.snapshot_size((match[2], match[3], match[4]))
             if size is not None:
                 return Base(
                     path=Path(match[2], match[3]),
@@ -106,58 +108,56 @@ class Rbd:
         )
 
     def prepare(self, disk: Disk, base: Base, cancellation: Cancellation) -> None:
+        self._cluster.call(lambda ceph: self._prepare(ceph, disk, base, cancellation))
+
+    def _prepare(
+        self, ceph: Connection, disk: Disk, base: Base, cancellation: Cancellation
+    ) -> None:
         cancellation.check()
-        with self._cluster.pool(self._pool) as pool:
+        with ceph.pool(self._pool) as pool:
             if self._exists(pool, disk):
                 return
-            name = self._fresh(pool, disk)
-            if base.location is not None and (match := _LOCATION.fullmatch(base.location)):
-                self._cluster.clone((match[2], match[3], match[4]), pool, name)
-            else:
-                try:
-                    fd = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as e:
-                    raise BackendError(f"copying base {base.name} to {disk.path}: {e}") from e
-                try:
-                    pool.create(name, disk.virtual_size)
-                    self._fill(pool, name, fd, cancellation)
-                finally:
-                    os.close(fd)
-            if pool.size(name) != disk.virtual_size:
-                pool.resize(name, disk.virtual_size)
-            self._finish(pool, disk)
+            with self._making(ceph, pool, disk) as name:
+                if base.location is not None and (match := _LOCATION.fullmatch(base.location)):
+                    ceph.clone((match[2], match[3], match[4]), pool, name)
+                else:
+                    with _reading(base.path, f"making {disk.path} of base {base.name}:") as fd:
+                        pool.create(name, disk.virtual_size)
+                        pool.fill(name, fd, cancellation)
+                if pool.size(name) != disk.virtual_size:
+                    pool.resize(name, disk.virtual_size)
 
     def generate(self, disk: Disk, write: Write, cancellation: Cancellation) -> None:
+        self._cluster.call(lambda ceph: self._generate(ceph, disk, write, cancellation))
+
+    def _generate(
+        self, ceph: Connection, disk: Disk, write: Write, cancellation: Cancellation
+    ) -> None:
         cancellation.check()
-        with self._cluster.pool(self._pool) as pool:
+        with ceph.pool(self._pool) as pool:
             if self._exists(pool, disk):
                 return
-            with tempfile.TemporaryFile(dir=self._scratch, buffering=0) as file:
-                file.truncate(disk.virtual_size)
-                write(file.fileno())
-                name = self._fresh(pool, disk)
-                pool.create(name, disk.virtual_size)
-                self._fill(pool, name, file.fileno(), cancellation)
-            self._finish(pool, disk)
+            with self._scratch_file(disk) as fd:
+                write(fd)
+                with self._making(ceph, pool, disk) as name:
+                    pool.create(name, disk.virtual_size)
+                    pool.fill(name, fd, cancellation)
 
-    def _fill(self, pool: Pool, name: str, fd: int, cancellation: Cancellation) -> None:
+    @contextlib.contextmanager
+    def _making(self, ceph: Connection, pool: Pool, disk: Disk) -> Iterator[str]:
+        """Give the name a disk is made under; at the end of the block it becomes the disk's."""
+        name = f"{_UNFINISHED}{disk.path.name}"
+        self._remove(pool, name)  # what an earlier run has left
         try:
-            pool.fill(name, fd, cancellation)
+            yield name
+            pool.mark(name, disk.path.name.partition("_")[0])
+            pool.rename(name, disk.path.name)
         except BaseException:
-            # Nobody holds it by now; if it stays all the same, the next attempt removes it.
-            pool.remove(name)
+            # What came first counts. What stays here the next attempt removes, or the delete.
+            if not ceph.lost:
+                with contextlib.suppress(BootwrightError):
+                    pool.remove(name)
             raise
-
-    def _fresh(self, pool: Pool, disk: Disk) -> str:
-        """Return the name a disk is made under, with nothing left there by an earlier run."""
-        name = f"{_UNFINISHED}{disk.path.name}"
-        self._remove(pool, name)
-        return name
-
-    def _finish(self, pool: Pool, disk: Disk) -> None:
-        name = f"{_UNFINISHED}{disk.path.name}"
-        pool.mark(name, disk.path.name.partition("_")[0])
-        pool.rename(name, disk.path.name)
 
     def _exists(self, pool: Pool, disk: Disk) -> bool:
         owner = pool.owner(disk.path.name)
@@ -172,13 +172,16 @@ class Rbd:
 
     def grow(self, disk: Disk, virtual_size: int) -> Disk:
         disk_file.check_grows(disk, virtual_size)
-        with self._cluster.pool(self._pool) as pool:
+        self._cluster.call(lambda ceph: self._grow(ceph, disk, virtual_size))
+        return dataclasses.replace(disk, virtual_size=virtual_size)
+
+    def _grow(self, ceph: Connection, disk: Disk, virtual_size: int) -> None:
+        with ceph.pool(self._pool) as pool:
             if not self._exists(pool, disk):
                 raise BackendError(f"growing {disk.path}: there is no such image")
             found = dataclasses.replace(disk, virtual_size=pool.size(disk.path.name))
             disk_file.check_grows(found, virtual_size)
             pool.resize(disk.path.name, virtual_size)
-        return dataclasses.replace(disk, virtual_size=virtual_size)
 
     def remove(self, disk: Disk, home: Home) -> None:
         if disk.path.parent != Path(self._pool) or not disk.path.name.startswith(f"{home.uuid}_"):
@@ -186,7 +189,10 @@ class Rbd:
                 f"{disk.path} is no disk of instance {home.uuid} in pool {self._pool} and was not "
                 "removed"
             )
-        with self._cluster.pool(self._pool) as pool:
+        self._cluster.call(lambda ceph: self._remove_all(ceph, disk))
+
+    def _remove_all(self, ceph: Connection, disk: Disk) -> None:
+        with ceph.pool(self._pool) as pool:
             self._remove(pool, f"{_UNFINISHED}{disk.path.name}")
             if self._exists(pool, disk):
                 self._remove(pool, disk.path.name)
@@ -204,13 +210,45 @@ class Rbd:
         )
 
     def access(self) -> RbdAccess | None:
+        return self._cluster.call(self._access)
+
+    def _access(self, ceph: Connection) -> RbdAccess:
+        user = self._cluster.user
         # The same on every host of the cluster, as a migration needs it.
-        secret_uuid = self._secret_uuid or str(
-            uuid.uuid5(uuid.UUID(self._cluster.fsid), self._cluster.user)
-        )
-        self._share_key(secret_uuid, self._cluster.key())
-        return RbdAccess(
-            monitors=self._cluster.monitors(),
-            user=self._cluster.user,
-            secret_uuid=secret_uuid,
-        )
+        secret_uuid = self._secret_uuid or str(uuid.uuid5(uuid.UUID(ceph.fsid), user))
+        # libvirt has one secret for each usage, and a host may have disks in two clusters.
+        self._share_key(secret_uuid, f"client.{user} of bootwright, {secret_uuid}", ceph.key())
+        return RbdAccess(monitors=ceph.monitors(), user=user, secret_uuid=secret_uuid)
+
+    @contextlib.contextmanager
+    def _scratch_file(self, disk: Disk) -> Iterator[int]:
+        """Give an empty file of the disk's size that has no name."""
+        what = f"making the content of {disk.path} in"
+        with (
+            _translated(what, self._scratch),
+            reporting_no_space(self._scratch / "a file", disk.virtual_size, what),
+            tempfile.TemporaryFile(dir=self._scratch, buffering=0) as file,
+        ):
+            file.truncate(disk.virtual_size)
+            yield file.fileno()
+
+
+@contextlib.contextmanager
+def _reading(path: Path, what: str) -> Iterator[int]:
+    with _translated(what, path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _translated(what: str, path: Path) -> Iterator[None]:
+    """Turn what the file system says about `path` into an error for the job."""
+    try:
+        yield
+    except OSError as e:
+        raise BackendError(
+            f"{what} {path}: {e.strerror or e}", "look at the file system and the kernel's log"
+        ) from e

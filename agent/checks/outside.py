@@ -47,9 +47,10 @@ def ceph(settings: Settings) -> Iterator[Finding]:
         return
     cluster = Cluster(rbd.ceph_conf, rbd.user, connect_timeout_s=rbd.connect_timeout_s)
     try:
-        monitors = cluster.monitors()
-        cluster.key()
-        with cluster.pool(rbd.pool) as pool:
+        connection = cluster.connection()
+        monitors = connection.monitors()
+        connection.key()
+        with connection.pool(rbd.pool) as pool:
             images = len(pool.names())
     except BootwrightError as e:
         yield error("ceph", e.message, e.hint)

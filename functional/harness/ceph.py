@@ -7,18 +7,20 @@ No kernel support and no manager: images in pools are all it is for. The ports a
 choice. Everything lies below its directory; its two daemons are our children and end with us.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
-from agent import ceph as modules
+from agent import ceph_bindings
 
 USER: Final = "bootwright"
 _START_LIMIT_S: Final = 60.0
@@ -159,9 +161,7 @@ class Ceph:
             )
 
     def _connect(self) -> Any:
-        assert modules.available() is None
-        rados: Any = __import__("rados")
-        admin = rados.Rados(conffile=os.fspath(self.conf), name="client.admin")
+        admin = ceph_bindings.load().rados.Rados(conffile=os.fspath(self.conf), name="client.admin")
         admin.connect(timeout=_START_LIMIT_S)
         return admin
 
@@ -172,6 +172,16 @@ class Ceph:
         if status:
             raise RuntimeError(f"{prefix}: {error}")
         return json.loads(answer) if answer.strip() else None
+
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Stop the OSD, so that whoever asks for an image waits."""
+        osd = self._daemons[-1]
+        osd.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            osd.send_signal(signal.SIGCONT)
 
     def make_user(self, name: str, *, group: str | None = None) -> Path:
         """Make a user of all pools; return its keyring, which `group` may read."""

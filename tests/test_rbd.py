@@ -1,0 +1,229 @@
+"""Disks in a Ceph cluster in memory: the contract, and what a real cluster does rarely.
+
+The same contract on a real one is in functional/test_rbd.py.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from agent.backends.rbd import Rbd
+from agent.cancellation import Cancellation
+from agent.ceph import Cluster
+from agent.disk import Disk, Home
+from agent.errors import AgentStopping, BackendError, InsufficientFreeSpace
+from agent.report import Role
+from tests.backend_contract import *  # noqa: F403 - the contract suite
+from tests.backend_contract import MIB, base, generated, planned, prepared
+from tests.fake_ceph import FSID, FakeCeph, FakeImage, rbd_error
+
+UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
+KEY = "AQBbKXVmAAAAABAA0v6u0l0hbD9T0tX2Zw0m8w=="
+
+
+@dataclass(kw_only=True, slots=True)
+class Site:
+    """See `BackendSite`."""
+
+    backend: Rbd
+    home: Home
+    bases: Path
+    ceph: FakeCeph
+    secrets: list[tuple[str, str, bytes]] = field(default_factory=list)
+
+    @property
+    def images(self) -> dict[str, FakeImage]:
+        return self.ceph.pools["vms"]
+
+    def read(self, disk: Disk) -> bytes:
+        return bytes(self.images[disk.path.name].data)
+
+    def write(self, disk: Disk, data: bytes) -> None:
+        self.images[disk.path.name].data[: len(data)] = data
+
+    def found(self) -> set[str]:
+        return set(self.images)
+
+    def occupy(self, disk: Disk) -> None:
+        self.images[disk.path.name] = FakeImage(MIB)
+
+
+def make_site(ceph: FakeCeph, directory: Path) -> Site:
+    (directory / "_base").mkdir(exist_ok=True)
+    ceph.keyring(directory / "keyring", "bootwright", KEY)
+    secrets: list[tuple[str, str, bytes]] = []
+    backend = Rbd(
+        Cluster(None, "bootwright", connect_timeout_s=5, bindings=ceph.bindings()),
+        pool="vms",
+        secret_uuid=None,
+        share_key=lambda uuid, usage, key: secrets.append((uuid, usage, key)),
+        scratch=directory,
+        clones=True,
+        busy_retries=3,
+        busy_interval_s=0.01,
+    )
+    return Site(
+        backend=backend,
+        home=Home(uuid=UUID, directory=directory / UUID),
+        bases=directory / "_base",
+        ceph=ceph,
+        secrets=secrets,
+    )
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = make_site(FakeCeph(), tmp_path)
+    yield site
+    # Whatever went wrong, nothing of ours holds an image.
+    assert all(image.open == 0 for image in site.images.values())
+
+
+CALLS = ("open", "metadata_get", "list", "create", "write", "flush", "close", "rename", "remove")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_connection_that_is_lost_at_any_call_costs_one_more_attempt(site: Site, call: str) -> None:
+    content = base(site)
+    site.ceph.failures[call] = [errno.ESHUTDOWN]
+    disk = prepared(site, content)
+    site.backend.remove(disk, site.home)
+    site.ceph.failures[call] = [errno.ETIMEDOUT]
+    assert site.read(prepared(site, content)).startswith(content.path.read_bytes())
+    assert site.backend.grow(disk, 16 * MIB).virtual_size == 16 * MIB
+    assert site.found() == {disk.path.name}
+
+
+def test_disk_whose_last_answer_is_lost_is_kept(site: Site) -> None:
+    content = base(site)
+    disk = planned(site, content)
+
+    def rename() -> None:
+        site.images[disk.path.name] = site.images.pop(f".bootwright-{disk.path.name}")
+        site.write(disk, b"the first")
+        raise rbd_error(errno.ESHUTDOWN)
+
+    site.ceph.before["rename"] = rename
+    site.backend.prepare(disk, content, Cancellation())
+    assert site.read(disk).startswith(b"the first")
+    assert site.found() == {disk.path.name}
+
+
+@pytest.mark.parametrize("call", ["create", "write", "flush", "size", "metadata_set", "rename"])
+def test_what_fails_half_way_leaves_nothing_and_says_what(site: Site, call: str) -> None:
+    site.ceph.failures[call] = [errno.EIO]
+    with pytest.raises(BackendError, match=f"vms/.bootwright-{UUID}_disk: EIO"):
+        prepared(site, base(site))
+    assert site.found() == set()
+
+
+def test_full_cluster_is_no_defect_of_the_backend(site: Site) -> None:
+    site.ceph.failures["write"] = [errno.ENOSPC]
+    with pytest.raises(InsufficientFreeSpace, match="writing to"):
+        prepared(site, base(site))
+    assert site.found() == set()
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EIO, errno.ESHUTDOWN])
+@pytest.mark.parametrize("call", ["remove", "close"])
+def test_what_fails_in_cleaning_up_does_not_hide_what_came_first(
+    site: Site, call: str, number: int
+) -> None:
+    """The agent stops while the first piece is written, and then nothing works."""
+    content = base(site)
+    disk = planned(site, content)
+    cancellation = Cancellation()
+
+    def stop() -> None:
+        cancellation.cancel(AgentStopping("the agent is stopping"))
+        site.ceph.failures[call] = [number] * 9
+
+    site.ceph.before["write"] = stop
+    with pytest.raises(AgentStopping):
+        site.backend.prepare(disk, content, cancellation)
+    site.ceph.failures.clear()
+    site.backend.remove(disk, site.home)
+    assert site.found() == set()
+
+
+def test_base_that_cannot_be_read_is_named(site: Site) -> None:
+    content = base(site)
+    disk = planned(site, content)
+    content.path.unlink()
+    content.path.mkdir()
+    with pytest.raises(BackendError, match=rf"{disk.path}.*{content.path}: Is a directory"):
+        site.backend.prepare(disk, content, Cancellation())
+    assert site.found() == set()
+
+
+def test_scratch_directory_that_is_gone_is_named(site: Site, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    backend = make_site(site.ceph, gone).backend
+    for path in (gone / "keyring", gone / "_base"):
+        path.unlink() if path.is_file() else path.rmdir()
+    gone.rmdir()
+    disk = backend.plan(site.home, Role.SWAP, "disk.swap", None, MIB)
+    with pytest.raises(BackendError, match=rf"content of {disk.path} in {gone}: No such file"):
+        backend.generate(disk, lambda _fd: None, Cancellation())
+    assert site.found() == set()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, InsufficientFreeSpace), (errno.EIO, BackendError)]
+)
+def test_content_that_cannot_be_written_is_told(
+    site: Site, number: int, kind: type[BackendError]
+) -> None:
+    disk = site.backend.plan(site.home, Role.SWAP, "disk.swap", None, MIB)
+
+    def write(_fd: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(kind, match=f"making the content of {disk.path}"):
+        site.backend.generate(disk, write, Cancellation())
+    assert site.found() == set()
+
+
+def test_busy_image_is_removed_when_it_is_closed(site: Site) -> None:
+    disk = generated(site, b"y")
+    site.ceph.failures["remove"] = [errno.EBUSY] * 2
+    site.backend.remove(disk, site.home)
+    assert site.found() == set()
+
+
+def test_image_that_stays_busy_is_told(site: Site) -> None:
+    disk = generated(site, b"y")
+    site.ceph.failures["remove"] = [errno.EBUSY] * 9
+    with pytest.raises(
+        BackendError, match=rf"{disk.path}: somebody still has it open .*rbd status"
+    ):
+        site.backend.remove(disk, site.home)
+    assert site.found() == {disk.path.name}
+
+
+def test_hypervisor_gets_key_and_monitors(site: Site) -> None:
+    access = site.backend.access()
+    assert access is not None
+    assert (access.user, access.monitors) == ("bootwright", (("10.0.0.1", 6789),))
+    [(uuid, usage, key)] = site.secrets
+    assert (uuid, key) == (access.secret_uuid, KEY.encode())
+    assert "client.bootwright" in usage
+
+
+def test_secrets_of_two_clusters_share_neither_uuid_nor_usage(tmp_path: Path) -> None:
+    """libvirt refuses a second secret with the usage of another."""
+    found = []
+    for fsid in (FSID, FSID.replace("6", "7")):
+        site = make_site(FakeCeph(fsid=fsid), tmp_path)
+        site.backend.access()
+        site.backend.access()
+        assert site.secrets[0] == site.secrets[1]
+        found.append(site.secrets[0])
+    (uuid, usage, _), (other_uuid, other_usage, _) = found
+    assert uuid != other_uuid
+    assert usage != other_usage
