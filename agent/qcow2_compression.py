@@ -4,11 +4,13 @@ Knows nothing of where they come from or go to.
 """
 
 import sys
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
+
+# Inflates about twice as fast as the zlib that comes with Python.
+from zlib_ng import zlib_ng
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -118,11 +120,11 @@ def _inflate(data: memoryview, cluster: int) -> tuple[bytes, int]:
     Raises:
         ValueError
     """
-    stream = zlib.decompressobj(wbits=-12)
+    stream = zlib_ng.decompressobj(wbits=-12)
     try:
         # One byte more than a good one has: then it comes to its end by itself.
         decoded = stream.decompress(data, cluster + 1)
-    except zlib.error as e:
+    except zlib_ng.error as e:  # type: ignore[misc]  # its stub takes the class for an instance
         raise ValueError(str(e)) from e
     return _exact(decoded, cluster), len(data) - len(stream.unused_data)
 
