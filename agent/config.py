@@ -5,9 +5,7 @@ object is the default because the privileged helper reads from it too.
 """
 
 import difflib
-import grp
 import io
-import ipaddress
 import re
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +15,9 @@ from typing import Final
 
 import keystoneauth1.exceptions
 from keystoneauth1 import loading
-from oslo_config import cfg, generator, types
+from oslo_config import cfg, generator
 
-from agent import ceph_bindings, config_files, options
+from agent import ceph_bindings, config_files, config_values, options
 from agent.config_files import Assignment, ConfigError
 from agent.disk import DiskType
 from agent.job import ConfigDriveFormat, GuestFormat, ImagesType
@@ -41,11 +39,6 @@ from agent.settings import (
 )
 
 __all__ = ["ConfigError", "Configuration", "Value", "list_opts", "sample"]
-
-_EXTENDED_L2_KIB: Final = 16
-
-_LONGEST_SOCKET_PATH: Final = 107
-"""Bytes, without the final NUL: unix(7)."""
 
 _MASK: Final = "***"
 
@@ -257,19 +250,6 @@ class Configuration:
             bandwidth_limit=(glance.bandwidth_limit << 20) or None,
         )
 
-    def _certificates_problem(self) -> str | None:
-        barbican = self._conf.key_manager.backend == "barbican"
-        if self._conf.glance.certificate_source == "directory" or not barbican:
-            return None
-        glance = self._conf.images.source == "glance" and self._conf.glance.auth_type != "none"
-        if glance or self._conf.key_manager.auth_type:
-            return None
-        return (
-            "Barbican, which has the certificates, would be asked without credentials: set "
-            "certificate_source = directory and certificate_directory, or auth_type in "
-            "[key_manager]"
-        )
-
     def _signatures(self) -> SignatureSettings:
         glance = self._conf.glance
         return SignatureSettings(
@@ -340,68 +320,15 @@ class Configuration:
             for opt in opts:
                 try:
                     value = self._value(section, opt)
-                    problem = self._semantic_problem(section, opt, value)
+                    problem = config_values.problem(self._conf, section, opt.dest, value)
                 except (ValueError, cfg.TemplateSubstitutionError) as e:
-                    problem = _rule(opt) or str(e)
+                    problem = config_values.rule(opt) or str(e)
                 if problem:
                     given = self._given(section, opt)
                     yield (
                         f"{self._file_of(section, opt.dest)}: [{section}] {opt.dest} = {given}: "
                         f"{problem}"
                     )
-
-    def _semantic_problem(self, section: str, opt: cfg.Opt, value: object) -> str | None:
-        """What is wrong with a value of the right type."""
-        problem: str | None = None
-        match (section, opt.dest, value):
-            case ("api", "socket", str(path)) if len(path.encode()) > _LONGEST_SOCKET_PATH:
-                length = len(path.encode())
-                problem = f"is {length} bytes long, the kernel takes {_LONGEST_SOCKET_PATH}"
-            case ("api", "socket_group", str(group)) if not _group_exists(group):
-                problem = "there is no such group on this host"
-            case ("api", "metrics_listen", str(listen)):
-                problem = _address_problem(listen)
-            case (_, "user" | "group", str()) if section in options.PRIVSEP_SECTIONS:
-                if not self._conf[section].helper_command:
-                    problem = (
-                        "is for a helper that helper_command starts: set helper_command as well, "
-                        "or remove this"
-                    )
-            case ("glance", "verify_glance_signatures", True):
-                problem = self._certificates_problem()
-            case ("libvirt", "qcow2_cluster_size", int(kib)) if kib & (kib - 1):
-                problem = "is no power of two"
-            case ("libvirt", "qcow2_extended_l2", True) if (
-                self._conf.libvirt.qcow2_cluster_size < _EXTENDED_L2_KIB
-            ):
-                problem = f"needs a qcow2_cluster_size of {_EXTENDED_L2_KIB} or more"
-            case ("DEFAULT", "force_raw_images", False):
-                problem = "this release keeps every base as raw: only true is possible"
-            case _:
-                problem = self._volume_problem(section, opt, value)
-        return problem
-
-    def _volume_problem(self, section: str, opt: cfg.Opt, value: object) -> str | None:
-        libvirt = self._conf.libvirt
-        problem: str | None = None
-        match (section, opt.dest, value):
-            case ("libvirt", "images_type", "lvm"):
-                if libvirt.images_volume_group is None:
-                    problem = "needs images_volume_group"
-            case ("libvirt", "sparse_logical_volumes", True):
-                if libvirt.images_thin_pool is None:
-                    problem = "needs images_thin_pool: sparse volumes are those of a thin pool"
-            case ("libvirt", "images_thin_pool", str()):
-                if libvirt.images_volume_group is None:
-                    problem = "needs images_volume_group, in which it is"
-            case ("ephemeral_storage_encryption", "enabled", True):
-                if libvirt.images_type != "lvm":
-                    problem = "needs images_type = lvm in [libvirt]: no other kind is encrypted"
-            case ("ephemeral_storage_encryption", "key_size", int(bits)) if bits % 8:
-                problem = "must be a multiple of 8"
-            case _:
-                pass
-        return problem
 
     def _value(self, section: str, opt: cfg.Opt) -> object:
         value: object = (
@@ -480,40 +407,3 @@ def _nearest(name: str, known: Iterable[str], form: str) -> str:
 def _other_section(key: str, known: dict[str, set[str]]) -> str:
     homes = sorted(section for section, names in known.items() if key in names)
     return f"; it belongs in [{homes[0]}]" if homes else ""
-
-
-def _rule(opt: cfg.Opt) -> str | None:
-    """What a value has to be, if the option's type says it completely."""
-    match opt.type:
-        case types.Boolean():
-            rule = "must be true or false"
-        case types.Integer(min=int(low), max=int(high)):
-            rule = f"must be a whole number from {low} to {high}"
-        case types.Float(min=float(low), max=float(high)):
-            rule = f"must be a number from {low:g} to {high:g}"
-        case types.String(choices=choices) if choices:
-            rule = f"must be one of {', '.join(map(str, choices))}"
-        case types.String(regex=regex) if regex is not None:
-            rule = f"does not fit. {opt.help}"
-        case types.List():
-            rule = f"does not fit. {opt.help}"
-        case _:
-            return None
-    return rule
-
-
-def _group_exists(name: str) -> bool:
-    try:
-        grp.getgrnam(name)
-    except KeyError:
-        return False
-    return True
-
-
-def _address_problem(listen: str) -> str | None:
-    host, _, port = listen.rpartition(":")
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError as e:
-        return str(e)
-    return None if 0 < int(port) <= 65535 else "must have a port from 1 to 65535"
