@@ -300,19 +300,25 @@ class Build:
             self._recorder.finish(Status.DONE, "the domain is defined")
 
     def _undo(self) -> None:
-        """Remove the instance if this job made it: domain, disks, record; never raises.
+        """Remove the instance if this job made it: domain, disks, record.
 
         If the domain cannot be removed the files stay too: a domain without its
         disks is worse than an instance that can be deleted later.
+
+        Raises:
+            AgentStopping: that goes on after the restart. Nothing else.
         """
         made = self._known()
         if made is None or made.job_id != self._job_id:
             return
+        cancellation = self._cancellation.undoing()
         try:
             if self._may_have_domain:
-                remove_instance(self._host, made)
+                remove_instance(self._host, made, cancellation)
             else:
-                remove_disks(self._host, made)
+                remove_disks(self._host, made, cancellation)
+        except AgentStopping:
+            raise
         except BootwrightError as e:
             LOG.error(
                 "what is left of instance %s could not be removed: %s; remove it with "

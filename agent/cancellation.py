@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from agent.errors import BootwrightError, DeadlineExceeded
+from agent.errors import AgentStopping, BootwrightError, DeadlineExceeded
 
 
 class Cancellation:
@@ -30,12 +30,16 @@ class Cancellation:
         self._seconds = deadline_s
         self._deadline = None if deadline_s is None else clock() + deadline_s - elapsed_s
         self._reason: BootwrightError | None = None
+        self._stopping: AgentStopping | None = None
+        self._undoing: Cancellation | None = None
         self._event = threading.Event()
         self._lock = threading.Lock()
         self._listeners: list[Callable[[], None]] = []
 
     def cancel(self, reason: BootwrightError) -> None:
         """End the work with `reason`; the first reason given stays."""
+        if isinstance(reason, AgentStopping):
+            self._stop(reason)
         with self._lock:
             if self._reason is not None:
                 return
@@ -44,6 +48,22 @@ class Cancellation:
         self._event.set()
         for listener in listeners:
             listener()
+
+    def _stop(self, reason: AgentStopping) -> None:
+        with self._lock:
+            self._stopping = reason
+            undoing = self._undoing
+        if undoing is not None:
+            undoing.cancel(reason)
+
+    def undoing(self) -> "Cancellation":
+        """Return what goes with undoing the work: nothing but the agent's stop ends that."""
+        with self._lock:
+            if self._undoing is None:
+                self._undoing = Cancellation(clock=self._clock)
+                if self._stopping is not None:
+                    self._undoing.cancel(self._stopping)
+            return self._undoing
 
     def on_cancel(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call `listener` once at `cancel` (at once if that has been); returns its removal.

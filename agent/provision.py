@@ -92,5 +92,5 @@ class Provisioner:
             recorder.finish(Status.DONE, "there is nothing left of the instance")
             return
         recorder.note(instance=InstanceReport(uuid=uuid, name=record.name))
-        remove_instance(self.host, record)
+        remove_instance(self.host, record, cancellation)
         recorder.finish(Status.DONE, "the instance is gone")

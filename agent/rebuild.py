@@ -77,7 +77,7 @@ def rebuild(
                 raise
             except Exception:
                 if request.on_failure is OnFailure.CLEANUP:
-                    _undo(change)
+                    _undo(change, cancellation.undoing())
                 raise
             finally:
                 acquisition.release()
@@ -315,7 +315,7 @@ def _runs_on(change: Change, root: Disk) -> bool:
 def _remove_replaced(change: Change, record: InstanceRecord) -> InstanceRecord:
     for disk in record.replaced:
         try:
-            change.host.backends[disk.backend].remove(disk, change.home)
+            change.host.backends[disk.backend].remove(disk, change.home, change.cancellation)
         except BackendError as e:
             raise BackendError(
                 f"the instance has its new root disk, but the old one is still there: {e.message}",
@@ -327,11 +327,13 @@ def _remove_replaced(change: Change, record: InstanceRecord) -> InstanceRecord:
 def _settled(change: Change, record: InstanceRecord) -> InstanceRecord:
     """Return the instance without what another rebuild has left of itself."""
     if record.rebuild is not None and record.rebuild.job_id != change.job_id:
-        record = _reverted(change, record, record.rebuild)
+        record = _reverted(change, record, record.rebuild, change.cancellation)
     return _remove_replaced(change, record)
 
 
-def _reverted(change: Change, record: InstanceRecord, plan: Rebuild) -> InstanceRecord:
+def _reverted(
+    change: Change, record: InstanceRecord, plan: Rebuild, cancellation: Cancellation
+) -> InstanceRecord:
     """Bring back what was; done already is fine."""
     hypervisor = change.host.hypervisor
     if plan.domain_xml is not None:
@@ -342,17 +344,23 @@ def _reverted(change: Change, record: InstanceRecord, plan: Rebuild) -> Instance
             hypervisor.start(change.uuid)
     for disk in plan.disks:
         if disk.role in _REPLACED:
-            change.host.backends[disk.backend].remove(disk, change.home)
+            change.host.backends[disk.backend].remove(disk, change.home, cancellation)
     return change.save(replace(record, rebuild=None))
 
 
-def _undo(change: Change) -> None:
-    """Bring back what was, unless the new disks are the instance's already; never raises."""
+def _undo(change: Change, cancellation: Cancellation) -> None:
+    """Bring back what was, unless the new disks are the instance's already.
+
+    Raises:
+        AgentStopping: that goes on after the restart. Nothing else.
+    """
     record = change.host.instances.get(change.uuid)
     if record is None or record.rebuild is None:
         return
     try:
-        _reverted(change, record, record.rebuild)
+        _reverted(change, record, record.rebuild, cancellation)
+    except AgentStopping:
+        raise
     except BootwrightError as e:
         LOG.error(
             "instance %s is left half rebuilt: %s; 'bootwright instance rebuild %s' begins by "

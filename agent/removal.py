@@ -3,6 +3,7 @@
 import logging
 
 from agent import domain_xml
+from agent.cancellation import Cancellation
 from agent.disk import Home
 from agent.host import Host
 from agent.instances import InstanceRecord
@@ -10,7 +11,7 @@ from agent.instances import InstanceRecord
 LOG = logging.getLogger(__name__)
 
 
-def remove_instance(host: Host, record: InstanceRecord) -> None:
+def remove_instance(host: Host, record: InstanceRecord, cancellation: Cancellation) -> None:
     """Destroy and undefine the domain, then remove the disks; done already is fine.
 
     A domain of that uuid which somebody else has defined is left alone.
@@ -30,10 +31,10 @@ def remove_instance(host: Host, record: InstanceRecord) -> None:
             record.job_id,
             record.name,
         )
-    remove_disks(host, record)
+    remove_disks(host, record, cancellation)
 
 
-def remove_disks(host: Host, record: InstanceRecord) -> None:
+def remove_disks(host: Host, record: InstanceRecord, cancellation: Cancellation) -> None:
     """Remove the disks, then the record that tells of them; done already is fine.
 
     Raises:
@@ -42,5 +43,5 @@ def remove_disks(host: Host, record: InstanceRecord) -> None:
     """
     home = Home(uuid=record.uuid, directory=host.instances.directory_of(record.uuid))
     for disk in record.every_disk:
-        host.backends[disk.backend].remove(disk, home)
+        host.backends[disk.backend].remove(disk, home, cancellation)
     host.instances.remove(record.uuid)

@@ -59,7 +59,7 @@ def rescue(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
             raise
         except Exception:
             if request.on_failure is OnFailure.CLEANUP:
-                _undo(change)
+                _undo(change, cancellation.undoing())
             raise
         finally:
             acquisition.release()
@@ -84,7 +84,7 @@ def unrescue(
                 f"instance {record.name} is not being rescued",
                 f"bootwright instance rescue {record.name} begins that",
             )
-        _end(change)
+        _end(change, cancellation)
         state = change.note_domain()
     recorder.finish(
         Status.ACTIVE if is_running(state) else Status.DONE, f"the domain is {state}, as it was"
@@ -147,10 +147,16 @@ def _images(
     return images, Origin.of(wanted, images)
 
 
-def _undo(change: Change) -> None:
-    """Bring back what was; never raises."""
+def _undo(change: Change, cancellation: Cancellation) -> None:
+    """Bring back what was.
+
+    Raises:
+        AgentStopping: that goes on after the restart. Nothing else.
+    """
     try:
-        _end(change)
+        _end(change, cancellation)
+    except AgentStopping:
+        raise
     except BootwrightError as e:
         LOG.error(
             "instance %s is left half rescued: %s; 'bootwright instance unrescue %s' goes on",
@@ -212,7 +218,7 @@ def _runs_rescue(change: Change, record: InstanceRecord) -> bool:
     return str(disk.path) in domain_changes.sources_of(hypervisor.xml(change.uuid, live=True))
 
 
-def _end(change: Change) -> None:
+def _end(change: Change, cancellation: Cancellation) -> None:
     """Bring back what was; done already is fine."""
     host = change.host
     record = host.instances.get(change.uuid)
@@ -225,6 +231,6 @@ def _end(change: Change) -> None:
         host.hypervisor.start(change.uuid)
     for disk in record.disks:
         if disk.role.of_rescue:
-            host.backends[disk.backend].remove(disk, change.home)
+            host.backends[disk.backend].remove(disk, change.home, cancellation)
     disks = tuple(disk for disk in record.disks if not disk.role.of_rescue)
     change.save(replace(record, disks=disks, rescue=None, unrescued_by=change.job_id))

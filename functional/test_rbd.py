@@ -130,7 +130,7 @@ def test_image_that_somebody_has_open_is_removed_when_it_is_closed(site: RbdSite
     thread = threading.Thread(target=hold)
     thread.start()
     opened.wait()
-    site.backend.remove(disk, site.home)
+    site.backend.remove(disk, site.home, Cancellation())
     thread.join()
     assert site.found() == set()
 

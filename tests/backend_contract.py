@@ -143,7 +143,7 @@ def test_what_the_guest_writes_does_not_reach_the_base(site: BackendSite) -> Non
     before = content.path.read_bytes()
     site.write(prepared(site, content), b"x" * 512)
     assert content.path.read_bytes() == before
-    site.backend.remove(planned(site, content), site.home)
+    site.backend.remove(planned(site, content), site.home, Cancellation())
     assert site.read(prepared(site, content)).startswith(before[:512])
 
 
@@ -213,8 +213,8 @@ def test_remove_takes_the_disk_and_nothing_else(site: BackendSite) -> None:
     disk = prepared(site, content)
     generated(site, b"y")
     before = site.found()
-    site.backend.remove(disk, site.home)
-    site.backend.remove(disk, site.home)
+    site.backend.remove(disk, site.home, Cancellation())
+    site.backend.remove(disk, site.home, Cancellation())
     assert len(before - site.found()) == 1
     assert len(site.found()) == 1
     assert content.path.exists()
@@ -225,7 +225,7 @@ def test_remove_refuses_what_is_not_the_instances(site: BackendSite) -> None:
     other = Home(uuid="1b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1", directory=site.home.directory / "no")
     before = site.found()
     with pytest.raises(BackendError, match="was not removed"):
-        site.backend.remove(disk, other)
+        site.backend.remove(disk, other, Cancellation())
     assert site.found() == before
 
 

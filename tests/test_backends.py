@@ -126,7 +126,7 @@ def test_remove_follows_no_path_out_of_the_directory(site: BackendSite, tmp_path
     directory = site.home.directory
     for path in (content.path, outside, directory / "../outside", directory / "sub/disk"):
         with pytest.raises(BackendError, match=r"was not removed|not the name"):
-            site.backend.remove(dataclasses.replace(disk, path=path), site.home)
+            site.backend.remove(dataclasses.replace(disk, path=path), site.home, Cancellation())
     assert content.path.exists()
     assert outside.exists()
 
@@ -136,14 +136,14 @@ def test_remove_follows_no_link(site: BackendSite, tmp_path: Path) -> None:
     moved = site.home.directory.rename(tmp_path / "moved")
     site.home.directory.symlink_to(moved)
     with pytest.raises(BackendError):
-        site.backend.remove(disk, site.home)
+        site.backend.remove(disk, site.home, Cancellation())
     assert (moved / "disk").exists()
 
 
 def test_remove_of_an_instance_that_is_gone_is_no_error(site: BackendSite) -> None:
     disk = planned(site, base(site))
     site.home.directory.rmdir()
-    site.backend.remove(disk, site.home)
+    site.backend.remove(disk, site.home, Cancellation())
 
 
 @pytest.fixture

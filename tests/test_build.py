@@ -3,6 +3,7 @@
 What needs QEMU is in functional/.
 """
 
+import errno
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,10 +14,19 @@ import pytest
 from agent.backends import Backends
 from agent.backends.flat import Flat
 from agent.backends.qcow2 import Qcow2
+from agent.backends.rbd import Rbd
 from agent.build import Build
 from agent.cancellation import Cancellation
+from agent.ceph import Cluster
 from agent.disk import DiskType
-from agent.errors import BootwrightError, HypervisorError, InstanceExists, InvalidJob
+from agent.errors import (
+    AgentStopping,
+    BootwrightError,
+    Cancelled,
+    HypervisorError,
+    InstanceExists,
+    InvalidJob,
+)
 from agent.host import Defaults, Host
 from agent.hypervisor import Hypervisor
 from agent.image import Image
@@ -29,6 +39,7 @@ from agent.recorder import Recorder
 from agent.removal import remove_instance
 from agent.report import JobReport, Status
 from tests.cache_kit import CacheKit, Source, random_bytes
+from tests.fake_ceph import FakeCeph
 
 TEMPLATE = "<domain><os><type>hvm</type></os></domain>"
 BROKEN_TEMPLATE = "<domain><name>somebody else</name></domain>"
@@ -63,6 +74,7 @@ class Site:
         self.uuid = str(uuid.uuid4())
         self.name = f"web-{self.uuid[:8]}"
         self.comes_meanwhile: str | None = None
+        self.cancellation = Cancellation()
 
     @property
     def directory(self) -> Path:
@@ -101,7 +113,7 @@ class Site:
         )
         self.journal.accept(request, report, body_digest=digest_of(request))
         recorder = Recorder(self.journal, self.journal.get(report.id))
-        Build(host or self.host, request, recorder, Cancellation()).run()
+        Build(host or self.host, request, recorder, self.cancellation).run()
         return recorder.report
 
 
@@ -130,7 +142,7 @@ def test_instance_is_deleted_with_the_domain_its_job_defined(site: Site, marked:
     assert site.run(libvirt={"domain_xml": marked}).status is Status.ACTIVE
     assert site.hypervisor.state(site.uuid) == "running"
 
-    remove_instance(site.host, site.kit.instances.find(site.uuid))
+    remove_instance(site.host, site.kit.instances.find(site.uuid), Cancellation())
 
     assert site.hypervisor.state(site.uuid) is None
     assert not site.directory.exists()
@@ -174,7 +186,7 @@ def test_delete_leaves_a_domain_alone_that_another_tool_defined(
     site.run(action="prepare")
     site.hypervisor.define(site.foreign_domain())
 
-    remove_instance(site.host, site.kit.instances.find(site.uuid))
+    remove_instance(site.host, site.kit.instances.find(site.uuid), Cancellation())
 
     assert site.hypervisor.state(site.uuid) == "shut off"
     assert not site.directory.exists()
@@ -192,6 +204,53 @@ def test_failure_before_anything_was_defined_is_undone_without_libvirt(
             libvirt={"domain_xml": BROKEN_TEMPLATE},
         )
     assert not site.directory.exists()
+    assert site.kit.instances.all() == []
+
+
+@pytest.fixture
+def ceph(site: Site, tmp_path: Path) -> FakeCeph:
+    """Keeps disks of the site."""
+    ceph = FakeCeph()
+    ceph.keyring(tmp_path / "keyring", "bootwright", "key")
+    rbd = Rbd(
+        Cluster(None, "bootwright", connect_timeout_s=5, bindings=ceph.bindings()),
+        pool="vms",
+        secret_uuid=None,
+        share_key=lambda _uuid, _usage, _key: None,
+        scratch=tmp_path,
+        clones=False,
+        busy_retries=1000,
+        busy_interval_s=60,
+    )
+    site.host = replace(site.host, backends=Backends({ImagesType.RBD: rbd, ImagesType.RAW: Flat()}))
+    return ceph
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_stop_of_the_agent_ends_an_undo_that_waits_and_the_next_run_ends_it(
+    site: Site, ceph: FakeCeph, cancelled: bool
+) -> None:
+    def stop() -> None:
+        site.cancellation.cancel(AgentStopping("the agent is stopping"))
+
+    def while_disks_are_made() -> None:
+        if cancelled:
+            site.cancellation.cancel(Cancelled("enough"))
+
+    ceph.before = {"flush": while_disks_are_made, "remove": stop}
+    ceph.failures = {"remove": [errno.EBUSY] * 9}
+    with pytest.raises(AgentStopping):
+        site.run(action="prepare", images_type="rbd", libvirt={"domain_xml": BROKEN_TEMPLATE})
+    assert set(ceph.pools["vms"]) == {f"{site.uuid}_disk"}
+    [job] = site.journal.unfinished()
+
+    ceph.failures.clear()
+    again = Cancellation()
+    if cancelled:
+        again.cancel(Cancelled("enough"))
+    with pytest.raises(Cancelled if cancelled else InvalidJob):
+        Build(site.host, job.request, Recorder(site.journal, job), again).run()
+    assert ceph.pools["vms"] == {}
     assert site.kit.instances.all() == []
 
 
@@ -228,6 +287,10 @@ def test_instance_whose_domain_cannot_be_asked_for_keeps_its_disks(
     site.run()
     away = Hypervisor(f"qemu:///system?socket={tmp_path}/sock", virt_type="qemu")
     with pytest.raises(HypervisorError):
-        remove_instance(replace(site.host, hypervisor=away), site.kit.instances.find(site.uuid))
+        remove_instance(
+            replace(site.host, hypervisor=away),
+            site.kit.instances.find(site.uuid),
+            Cancellation(),
+        )
     assert (site.directory / "disk").exists()
     assert Instances(site.kit.directory).find(site.uuid).name == site.name

@@ -108,7 +108,7 @@ def test_a_header_written_by_a_guest_is_only_content(
     assert not content[MIB:].strip(b"\0")
     assert secret.read_bytes() == SECRET
     assert base.path.read_bytes() == before
-    backend.remove(grown, home)
+    backend.remove(grown, home, Cancellation())
     assert secret.exists()
     assert list(home.directory.iterdir()) == []
 
@@ -127,7 +127,7 @@ def test_a_link_at_the_disks_place_is_not_followed(
         backend.prepare(disk, base, Cancellation())
     with pytest.raises(BackendError, match="not a regular file"):
         backend.generate(disk, lambda _: None, Cancellation())
-    backend.remove(disk, home)
+    backend.remove(disk, home, Cancellation())
 
     assert not os.path.lexists(disk.path)
     assert secret.exists() != dangling

@@ -15,7 +15,13 @@ from agent.backends.rbd import Rbd
 from agent.cancellation import Cancellation
 from agent.ceph import Cluster
 from agent.disk import Disk, Home
-from agent.errors import AgentStopping, BackendError, InsufficientFreeSpace
+from agent.errors import (
+    AgentStopping,
+    BackendError,
+    Cancelled,
+    DeadlineExceeded,
+    InsufficientFreeSpace,
+)
 from agent.report import Role
 from tests.backend_contract import *  # noqa: F403 - the contract suite
 from tests.backend_contract import MIB, base, generated, planned, prepared
@@ -52,7 +58,7 @@ class Site:
         self.images[disk.path.name] = FakeImage(MIB)
 
 
-def make_site(ceph: FakeCeph, directory: Path) -> Site:
+def make_site(ceph: FakeCeph, directory: Path, *, busy_interval_s: float = 0.01) -> Site:
     (directory / "_base").mkdir(exist_ok=True)
     ceph.keyring(directory / "keyring", "bootwright", KEY)
     secrets: list[tuple[str, str, bytes]] = []
@@ -64,7 +70,7 @@ def make_site(ceph: FakeCeph, directory: Path) -> Site:
         scratch=directory,
         clones=True,
         busy_retries=3,
-        busy_interval_s=0.01,
+        busy_interval_s=busy_interval_s,
     )
     return Site(
         backend=backend,
@@ -91,7 +97,7 @@ def test_connection_that_is_lost_at_any_call_costs_one_more_attempt(site: Site, 
     content = base(site)
     site.ceph.failures[call] = [errno.ESHUTDOWN]
     disk = prepared(site, content)
-    site.backend.remove(disk, site.home)
+    site.backend.remove(disk, site.home, Cancellation())
     site.ceph.failures[call] = [errno.ETIMEDOUT]
     assert site.read(prepared(site, content)).startswith(content.path.read_bytes())
     assert site.backend.grow(disk, 16 * MIB).virtual_size == 16 * MIB
@@ -146,7 +152,7 @@ def test_what_fails_in_cleaning_up_does_not_hide_what_came_first(
     with pytest.raises(AgentStopping):
         site.backend.prepare(disk, content, cancellation)
     site.ceph.failures.clear()
-    site.backend.remove(disk, site.home)
+    site.backend.remove(disk, site.home, Cancellation())
     assert site.found() == set()
 
 
@@ -192,7 +198,7 @@ def test_content_that_cannot_be_written_is_told(
 def test_busy_image_is_removed_when_it_is_closed(site: Site) -> None:
     disk = generated(site, b"y")
     site.ceph.failures["remove"] = [errno.EBUSY] * 2
-    site.backend.remove(disk, site.home)
+    site.backend.remove(disk, site.home, Cancellation())
     assert site.found() == set()
 
 
@@ -202,8 +208,29 @@ def test_image_that_stays_busy_is_told(site: Site) -> None:
     with pytest.raises(
         BackendError, match=rf"{disk.path}: somebody still has it open .*rbd status"
     ):
-        site.backend.remove(disk, site.home)
+        site.backend.remove(disk, site.home, Cancellation())
     assert site.found() == {disk.path.name}
+
+
+def test_wait_for_a_busy_image_ends_with_the_job(site: Site) -> None:
+    disk = generated(site, b"y")
+    cancellation = Cancellation()
+    site.ceph.failures["remove"] = [errno.EBUSY] * 9
+    site.ceph.before["remove"] = lambda: cancellation.cancel(Cancelled("enough"))
+    patient = make_site(site.ceph, site.bases.parent, busy_interval_s=600).backend
+    with pytest.raises(Cancelled):
+        patient.remove(disk, site.home, cancellation)
+    with pytest.raises(DeadlineExceeded):
+        patient.remove(disk, site.home, Cancellation(0.05))
+    assert site.found() == {disk.path.name}
+
+
+def test_what_can_be_removed_at_once_is_removed_by_a_cancelled_job_too(site: Site) -> None:
+    disk = generated(site, b"y")
+    cancellation = Cancellation()
+    cancellation.cancel(Cancelled("enough"))
+    site.backend.remove(disk, site.home, cancellation)
+    assert site.found() == set()
 
 
 def test_hypervisor_gets_key_and_monitors(site: Site) -> None:

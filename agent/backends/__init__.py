@@ -73,11 +73,15 @@ class Backend(Protocol):
         """
         ...
 
-    def remove(self, disk: Disk, home: Home) -> None:
+    def remove(self, disk: Disk, home: Home, cancellation: Cancellation, /) -> None:
         """Remove a disk; one that is not there is no error.
 
+        What can be done at once is done, whatever the cancellation says.
+
         Raises:
-            BackendError: it is not a disk of this instance; nothing was removed.
+            BackendError: it is not a disk of this instance; nothing was removed. Or it could
+                not be removed.
+            BootwrightError: the reason of the cancellation; what is left goes with the next call.
         """
         ...
 

@@ -89,7 +89,7 @@ class Flat:
             raise BackendError(f"growing {disk.path} to {virtual_size} bytes: {e.strerror}") from e
         return dataclasses.replace(disk, virtual_size=virtual_size)
 
-    def remove(self, disk: Disk, home: Home) -> None:
+    def remove(self, disk: Disk, home: Home, _cancellation: Cancellation, /) -> None:
         disk_file.remove(disk, home)
 
     def access(self) -> RbdAccess | None:

@@ -160,7 +160,7 @@ class Lvm:
                 self._grow(disk, volume, size)
         return dataclasses.replace(disk, virtual_size=size)
 
-    def remove(self, disk: Disk, home: Home) -> None:
+    def remove(self, disk: Disk, home: Home, cancellation: Cancellation, /) -> None:
         name = _volume_of(disk)
         if not name.startswith(f"{home.uuid}_") or disk.path.parent not in (
             self._devices,
@@ -170,11 +170,11 @@ class Lvm:
         with self._reporting("removing", disk), self._working(name):
             if _is_encrypted(disk):
                 lvm.lock(name)
-            found = _unused(name)
+            found = _unused(name, cancellation)
             if name in found.others:
                 LOG.warning("%s is left alone: the agent has not made it", disk.path)
             self._retire(name, found)
-            self._clear_away(name, found, Cancellation())
+            self._clear_away(name, found, cancellation)
             if self._keys is not None and not _has_disks(home.uuid, found, but=name):
                 self._keys.remove(home.uuid)
 
@@ -467,7 +467,7 @@ def _has_disks(uuid: str, found: Survey, *, but: str) -> bool:
     return any(name.startswith(f"{uuid}_") and _stem(name) != but for name in found.volumes)
 
 
-def _unused(name: str) -> Survey:
+def _unused(name: str, cancellation: Cancellation) -> Survey:
     """Return a survey in which nobody uses the volume.
 
     Raises:
@@ -475,7 +475,7 @@ def _unused(name: str) -> Survey:
     """
     for look in range(_IN_USE_LOOKS):
         if look:
-            Cancellation().wait(_IN_USE_WAIT_S)
+            cancellation.wait(_IN_USE_WAIT_S)
         found = volumes.survey()
         volume = found.volumes.get(name)
         if volume is None or not volume.in_use:

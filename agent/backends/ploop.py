@@ -108,7 +108,7 @@ class Ploop:
             _sync(directory)
         return dataclasses.replace(disk, virtual_size=size)
 
-    def remove(self, disk: Disk, home: Home) -> None:
+    def remove(self, disk: Disk, home: Home, _cancellation: Cancellation, /) -> None:
         directory = disk.path.parent
         if disk.path.name != _DATA or directory != disk_file.path_of(home, directory.name):
             raise BackendError(f"{disk.path} is not in {home.directory} and was not removed")

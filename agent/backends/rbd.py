@@ -12,7 +12,6 @@ import dataclasses
 import os
 import re
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,7 +116,7 @@ class Rbd:
         with ceph.pool(self._pool) as pool:
             if self._exists(pool, disk):
                 return
-            with self._making(ceph, pool, disk) as name:
+            with self._making(ceph, pool, disk, cancellation) as name:
                 if base.location is not None and (match := _LOCATION.fullmatch(base.location)):
                     ceph.clone((match[2], match[3], match[4]), pool, name)
                 else:
@@ -139,15 +138,17 @@ class Rbd:
                 return
             with self._scratch_file(disk) as fd:
                 write(fd)
-                with self._making(ceph, pool, disk) as name:
+                with self._making(ceph, pool, disk, cancellation) as name:
                     pool.create(name, disk.virtual_size)
                     pool.fill(name, fd, cancellation)
 
     @contextlib.contextmanager
-    def _making(self, ceph: Connection, pool: Pool, disk: Disk) -> Iterator[str]:
+    def _making(
+        self, ceph: Connection, pool: Pool, disk: Disk, cancellation: Cancellation
+    ) -> Iterator[str]:
         """Give the name a disk is made under; at the end of the block it becomes the disk's."""
         name = f"{_UNFINISHED}{disk.path.name}"
-        self._remove(pool, name)  # what an earlier run has left
+        self._remove(pool, name, cancellation)  # what an earlier run has left
         try:
             yield name
             pool.mark(name, disk.path.name.partition("_")[0])
@@ -183,25 +184,25 @@ class Rbd:
             disk_file.check_grows(found, virtual_size)
             pool.resize(disk.path.name, virtual_size)
 
-    def remove(self, disk: Disk, home: Home) -> None:
+    def remove(self, disk: Disk, home: Home, cancellation: Cancellation, /) -> None:
         if disk.path.parent != Path(self._pool) or not disk.path.name.startswith(f"{home.uuid}_"):
             raise BackendError(
                 f"{disk.path} is no disk of instance {home.uuid} in pool {self._pool} and was not "
                 "removed"
             )
-        self._cluster.call(lambda ceph: self._remove_all(ceph, disk))
+        self._cluster.call(lambda ceph: self._remove_all(ceph, disk, cancellation))
 
-    def _remove_all(self, ceph: Connection, disk: Disk) -> None:
+    def _remove_all(self, ceph: Connection, disk: Disk, cancellation: Cancellation) -> None:
         with ceph.pool(self._pool) as pool:
-            self._remove(pool, f"{_UNFINISHED}{disk.path.name}")
+            self._remove(pool, f"{_UNFINISHED}{disk.path.name}", cancellation)
             if self._exists(pool, disk):
-                self._remove(pool, disk.path.name)
+                self._remove(pool, disk.path.name, cancellation)
 
-    def _remove(self, pool: Pool, name: str) -> None:
+    def _remove(self, pool: Pool, name: str, cancellation: Cancellation) -> None:
         for attempt in range(self._busy_retries + 1):
             if attempt:
                 # A QEMU that has just ended is believed to have it for some seconds.
-                time.sleep(self._busy_interval_s)
+                cancellation.wait(self._busy_interval_s)
             if pool.remove(name):
                 return
         raise BackendError(

@@ -81,7 +81,7 @@ def test_volume_is_named_as_novas_and_tagged(plain: VolumeSite) -> None:
 def test_volume_of_somebody_elses_is_not_removed(plain: VolumeSite) -> None:
     disk = planned(plain, base(plain))
     plain.occupy(disk)
-    plain.backend.remove(disk, plain.home)
+    plain.backend.remove(disk, plain.home, Cancellation())
     assert plain.found() == {f"{UUID}_disk"}
 
 
@@ -89,7 +89,7 @@ def test_volume_in_use_stays_whole(plain: VolumeSite) -> None:
     disk = prepared(plain, base(plain))
     before = plain.read(disk)
     with disk.path.open("rb"), pytest.raises(BackendError, match="in use"):
-        plain.backend.remove(disk, plain.home)
+        plain.backend.remove(disk, plain.home, Cancellation())
     assert plain.read(disk) == before
 
 
@@ -117,7 +117,7 @@ def test_removed_disk_leaves_nothing_on_its_blocks(plain: VolumeSite, clear: Cle
     disk = generated(site, mark)
     site.write(disk, mark, 7 * MIB)
     assert on_the_blocks(mark)
-    site.backend.remove(disk, site.home)
+    site.backend.remove(disk, site.home, Cancellation())
     assert not on_the_blocks(mark)
 
 
@@ -128,7 +128,7 @@ def test_wiping_can_be_left_out_and_the_next_disk_shows_nothing_all_the_same(
     mark = b"secret of a guest" + os.urandom(16)
     disk = generated(site, mark)
     site.write(disk, mark, 7 * MIB)
-    site.backend.remove(disk, site.home)
+    site.backend.remove(disk, site.home, Cancellation())
     assert on_the_blocks(mark)
     # The only free blocks before the others: it gets the same ones.
     content = base(site)
@@ -145,7 +145,7 @@ def test_wiping_can_be_limited_to_the_beginning(plain: VolumeSite) -> None:
     disk = generated(site, b"y")
     site.write(disk, begin)
     site.write(disk, end, 4 * MIB)
-    site.backend.remove(disk, site.home)
+    site.backend.remove(disk, site.home, Cancellation())
     assert not on_the_blocks(begin)
     assert on_the_blocks(end)
 
@@ -217,7 +217,7 @@ def test_what_nobody_goes_on_with_is_removed(plain: VolumeSite) -> None:
 def test_kill_in_the_middle_of_a_removal_leaves_nothing_unwiped(plain: VolumeSite) -> None:
     mark = os.urandom(32)
     disk = generated(plain, mark, 64 * MIB)
-    killed(f"{disk.path.name}+old", lambda: plain.backend.remove(disk, plain.home))
+    killed(f"{disk.path.name}+old", lambda: plain.backend.remove(disk, plain.home, Cancellation()))
     assert plain.found() == {f"{disk.path.name}+old"}
     assert tidied(plain) == set()
     assert not on_the_blocks(mark)
@@ -232,7 +232,7 @@ def test_growth_that_a_crash_interrupted_shows_nothing_of_others(plain: VolumeSi
     site.backend.generate(neighbour, lambda _fd: None, Cancellation())
     for offset in range(0, 16 * MIB, MIB):
         site.write(neighbour, mark, offset)
-    site.backend.remove(neighbour, second(site))
+    site.backend.remove(neighbour, second(site), Cancellation())
     # As far as it gets if it ends after the volume is larger.
     lvm.survey()
     lvm.grow(disk.path.name, 20 * MIB, False)
@@ -261,7 +261,7 @@ def test_thin_disks_share_the_volume_of_their_base(thin: VolumeSite) -> None:
     assert thin.read(other) == content.path.read_bytes() + bytes(13 * MIB)
     attributes = tool("lvs", "--noheadings", "--options=lv_attr", f"{GROUP}/{BASE_VOLUME}")
     assert attributes.split()[0][1] == "r"
-    thin.backend.remove(first, thin.home)
+    thin.backend.remove(first, thin.home, Cancellation())
     assert thin.read(other) == content.path.read_bytes() + bytes(13 * MIB)
 
 
@@ -282,7 +282,7 @@ def test_volumes_of_other_bases_make_room(thin: VolumeSite) -> None:
         return dataclasses.replace(base(thin), path=path, virtual_size=24 * MIB)
 
     first, other = large("b1" * 20), large("b2" * 20)
-    thin.backend.remove(prepared(thin, first, 32 * MIB), thin.home)
+    thin.backend.remove(prepared(thin, first, 32 * MIB), thin.home, Cancellation())
     assert volumes.names() == {f"base_{first.name}"}
     disk = prepared(thin, other, 32 * MIB)
     assert volumes.names() == {f"{UUID}_disk", f"base_{other.name}"}
@@ -348,9 +348,9 @@ def test_key_goes_with_the_last_disk_of_its_instance(encrypted: VolumeSite) -> N
     content = base(encrypted)
     disk, other = prepared(encrypted, content), generated(encrypted, b"y")
     assert len(encrypted.keys.get(UUID)) == 64
-    encrypted.backend.remove(disk, encrypted.home)
+    encrypted.backend.remove(disk, encrypted.home, Cancellation())
     assert len(encrypted.keys.get(UUID)) == 64
-    encrypted.backend.remove(other, encrypted.home)
+    encrypted.backend.remove(other, encrypted.home, Cancellation())
     assert encrypted.found() == set()
     assert list(Path("/dev/mapper").glob("*-dmcrypt")) == []
     with pytest.raises(BackendError, match="reading the key"):
