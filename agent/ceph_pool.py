@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 from agent import sparse
@@ -12,8 +13,16 @@ from agent.ceph_bindings import Image
 from agent.errors import BackendError
 
 _STEP: Final = 4 << 20  # one object of an image
-_OURS: Final = "bootwright.instance"
-"""The key of an image's metadata that says whose it is."""
+_HOST: Final = "bootwright.host"
+_INSTANCE: Final = "bootwright.instance"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owner:
+    """Whose an image is, as its metadata says; empty where that says nothing."""
+
+    host: str
+    instance: str
 
 
 class Pool:
@@ -49,14 +58,11 @@ class Pool:
                 raise
             image.close()
 
-    def owner(self, name: str) -> str | None:
-        """Return which instance an image is of, "" for none of ours; None if it is not there."""
+    def owner(self, name: str) -> Owner | None:
+        """Return None if there is no such image."""
         try:
             with self._opened(name, "looking at") as image:
-                try:
-                    return image.metadata_get(_OURS)
-                except KeyError:
-                    return ""
+                return Owner(host=_metadata(image, _HOST), instance=_metadata(image, _INSTANCE))
         except BackendError as e:
             if isinstance(e.__cause__, self._rbd.ImageNotFound):
                 return None
@@ -70,9 +76,10 @@ class Pool:
         with self._translated(f"creating {self.name}/{name}"):
             self._rbd.RBD().create(self.context, name, size, old_format=False)
 
-    def mark(self, name: str, instance_uuid: str) -> None:
+    def mark(self, name: str, owner: Owner) -> None:
         with self._opened(name, "marking") as image:
-            image.metadata_set(_OURS, instance_uuid)
+            image.metadata_set(_HOST, owner.host)
+            image.metadata_set(_INSTANCE, owner.instance)
 
     def fill(self, name: str, fd: int, cancellation: Cancellation) -> None:
         """Write all that is no hole of an open file to where it stands in the image, durably.
@@ -113,3 +120,10 @@ class Pool:
                 return False
             raise
         return True
+
+
+def _metadata(image: Image, key: str) -> str:
+    try:
+        return image.metadata_get(key)
+    except KeyError:
+        return ""

@@ -380,6 +380,7 @@ def _lvm(settings: Settings) -> Lvm | None:
 def _rbd(rbd: RbdSettings, settings: Settings, hypervisor: Hypervisor) -> Rbd:
     return Rbd(
         Cluster(rbd.ceph_conf, rbd.user, connect_timeout_s=rbd.connect_timeout_s),
+        host=settings.image_cache.host_id,
         pool=rbd.pool,
         secret_uuid=rbd.secret_uuid,
         # What somebody has chosen the uuid of, somebody may have given a value.

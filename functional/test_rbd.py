@@ -1,6 +1,7 @@
 """Disks in a real Ceph cluster: the contract of backends, and guests that boot off them."""
 
 import contextlib
+import hashlib
 import json
 import os
 import threading
@@ -93,6 +94,7 @@ def site(cluster: Cluster, tmp_path: Path) -> Iterator[RbdSite]:
     (tmp_path / "_base").mkdir()
     backend = Rbd(
         cluster,
+        host="host-1",
         pool=POOL,
         secret_uuid=None,
         share_key=lambda _uuid, _usage, _key: None,
@@ -109,13 +111,34 @@ def site(cluster: Cluster, tmp_path: Path) -> Iterator[RbdSite]:
             pool.remove(name)
 
 
-def test_image_that_was_left_half_made_is_made_anew(site: RbdSite) -> None:
+def unfinished(disk: Disk) -> str:
+    return f".bootwright-{hashlib.sha256(b'host-1').hexdigest()[:8]}-{disk.path.name}"
+
+
+def test_image_that_was_left_half_made_is_made_anew(site: RbdSite, ceph: Ceph) -> None:
     content = base(site)
-    with site.pool() as pool:
-        pool.create(f".bootwright-{UUID}_disk", 1 << 20)
     disk = prepared(site, content)
+    ceph.rbd("rename", f"{POOL}/{disk.path.name}", f"{POOL}/{unfinished(disk)}")
+    prepared(site, content)
     assert site.found() == {disk.path.name}
     assert site.read(disk).startswith(content.path.read_bytes())
+
+
+def test_disk_of_another_host_is_neither_used_nor_removed(site: RbdSite, ceph: Ceph) -> None:
+    content = base(site)
+    disk = prepared(site, content)
+    ceph.rbd("image-meta", "set", f"{POOL}/{disk.path.name}", "bootwright.host", "host-2")
+    with pytest.raises(BackendError, match=r"in the way: host host-2 .* this is host host-1"):
+        site.backend.prepare(disk, content, Cancellation())
+    with pytest.raises(BackendError, match="in the way"):
+        site.backend.grow(disk, 16 * MIB)
+    site.backend.remove(disk, site.home, Cancellation())
+    assert site.found() == {disk.path.name}
+    # What the error says helps.
+    ceph.rbd("image-meta", "set", f"{POOL}/{disk.path.name}", "bootwright.host", "host-1")
+    site.backend.prepare(disk, content, Cancellation())
+    site.backend.remove(disk, site.home, Cancellation())
+    assert site.found() == set()
 
 
 def test_image_that_somebody_has_open_is_removed_when_it_is_closed(site: RbdSite) -> None:

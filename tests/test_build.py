@@ -214,6 +214,7 @@ def ceph(site: Site, tmp_path: Path) -> FakeCeph:
     ceph.keyring(tmp_path / "keyring", "bootwright", "key")
     rbd = Rbd(
         Cluster(None, "bootwright", connect_timeout_s=5, bindings=ceph.bindings()),
+        host="host-1",
         pool="vms",
         secret_uuid=None,
         share_key=lambda _uuid, _usage, _key: None,

@@ -58,12 +58,15 @@ class Site:
         self.images[disk.path.name] = FakeImage(MIB)
 
 
-def make_site(ceph: FakeCeph, directory: Path, *, busy_interval_s: float = 0.01) -> Site:
+def make_site(
+    ceph: FakeCeph, directory: Path, *, busy_interval_s: float = 0.01, host: str = "host-1"
+) -> Site:
     (directory / "_base").mkdir(exist_ok=True)
     ceph.keyring(directory / "keyring", "bootwright", KEY)
     secrets: list[tuple[str, str, bytes]] = []
     backend = Rbd(
         Cluster(None, "bootwright", connect_timeout_s=5, bindings=ceph.bindings()),
+        host=host,
         pool="vms",
         secret_uuid=None,
         share_key=lambda uuid, usage, key: secrets.append((uuid, usage, key)),
@@ -109,7 +112,8 @@ def test_disk_whose_last_answer_is_lost_is_kept(site: Site) -> None:
     disk = planned(site, content)
 
     def rename() -> None:
-        site.images[disk.path.name] = site.images.pop(f".bootwright-{disk.path.name}")
+        [unfinished] = site.found()
+        site.images[disk.path.name] = site.images.pop(unfinished)
         site.write(disk, b"the first")
         raise rbd_error(errno.ESHUTDOWN)
 
@@ -122,7 +126,7 @@ def test_disk_whose_last_answer_is_lost_is_kept(site: Site) -> None:
 @pytest.mark.parametrize("call", ["create", "write", "flush", "size", "metadata_set", "rename"])
 def test_what_fails_half_way_leaves_nothing_and_says_what(site: Site, call: str) -> None:
     site.ceph.failures[call] = [errno.EIO]
-    with pytest.raises(BackendError, match=f"vms/.bootwright-{UUID}_disk: EIO"):
+    with pytest.raises(BackendError, match=rf"vms/\.bootwright-[0-9a-f]+-{UUID}_disk: EIO"):
         prepared(site, base(site))
     assert site.found() == set()
 
@@ -193,6 +197,33 @@ def test_content_that_cannot_be_written_is_told(
     with pytest.raises(kind, match=f"making the content of {disk.path}"):
         site.backend.generate(disk, write, Cancellation())
     assert site.found() == set()
+
+
+def test_two_hosts_with_one_pool_keep_out_of_each_others_disks(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = make_site(site.ceph, tmp_path, host="host-2")
+    content = base(site)
+    disk = prepared(site, content)
+    site.write(disk, b"guest")
+    with pytest.raises(BackendError, match="in the way: host host-1 has made it"):
+        prepared(other, content)
+    with pytest.raises(BackendError, match="in the way"):
+        other.backend.grow(disk, 16 * MIB)
+    other.backend.remove(disk, other.home, Cancellation())
+    assert "left alone" in caplog.text
+    assert site.read(disk).startswith(b"guest")
+    assert site.found() == {disk.path.name}
+
+
+def test_two_hosts_that_make_a_disk_of_one_name_at_one_time(site: Site, tmp_path: Path) -> None:
+    other = make_site(site.ceph, tmp_path, host="host-2")
+    content = base(site)
+    site.ceph.before["flush"] = lambda: site.write(prepared(other, content), b"the first")
+    with pytest.raises(BackendError, match=f"renaming .*{UUID}_disk: EEXIST"):
+        prepared(site, content)
+    assert other.read(planned(other, content)).startswith(b"the first")
+    assert site.found() == {f"{UUID}_disk"}
 
 
 def test_busy_image_is_removed_when_it_is_closed(site: Site) -> None:

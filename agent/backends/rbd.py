@@ -1,14 +1,17 @@
 """Disks as images in a Ceph cluster: clones of Glance's own images where it keeps them there too.
 
-    <pool>/<uuid>_<name>                a disk
-    <pool>/.bootwright-<uuid>_<name>    one that is being made
+    <pool>/<uuid>_<name>                       a disk
+    <pool>/.bootwright-<host>-<uuid>_<name>    one that is being made; the host's hash
 
 An image becomes a disk by its renaming, when all of it is there, and says in its
-metadata whose it is. What bears a disk's name without that is somebody else's.
+metadata whose it is: which host's, for hosts may share a pool, and which instance's.
+What bears a disk's name without that is somebody else's.
 """
 
 import contextlib
 import dataclasses
+import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -21,7 +24,7 @@ from agent.backends import Write, disk_file
 from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.ceph import Cluster, Connection
-from agent.ceph_pool import Pool
+from agent.ceph_pool import Owner, Pool
 from agent.disk import Disk, DiskType, Home, RbdAccess
 from agent.errors import BackendError, BootwrightError
 from agent.files import reporting_no_space
@@ -29,7 +32,8 @@ from agent.image import Image
 from agent.job import ImagesType
 from agent.report import Role
 
-_UNFINISHED: Final = ".bootwright-"
+LOG = logging.getLogger(__name__)
+
 # rbd://<fsid>/<pool>/<image>/<snapshot>, as Glance's store writes it.
 _LOCATION: Final = re.compile(r"rbd://([^/]+)/([^/]+)/([^/]+)/([^/]+)")
 
@@ -41,6 +45,7 @@ class Rbd:
         self,
         cluster: Cluster,
         *,
+        host: str,
         pool: str,
         secret_uuid: str | None,
         share_key: Callable[[str, str, bytes], None],
@@ -49,7 +54,9 @@ class Rbd:
         busy_retries: int,
         busy_interval_s: float,
     ) -> None:
-        """`secret_uuid`: None for one that follows from the cluster and the user.
+        """`host`: the name of this one among those that share the pool.
+
+        `secret_uuid`: None for one that follows from the cluster and the user.
 
         `share_key(secret_uuid, usage, key)` makes sure that the hypervisor has the user's key.
 
@@ -57,6 +64,7 @@ class Rbd:
         image may be used as the cluster has it, its bytes unread.
         """
         self._cluster = cluster
+        self._host = host
         self._pool = pool
         self._secret_uuid = secret_uuid
         self._share_key = share_key
@@ -147,11 +155,11 @@ class Rbd:
         self, ceph: Connection, pool: Pool, disk: Disk, cancellation: Cancellation
     ) -> Iterator[str]:
         """Give the name a disk is made under; at the end of the block it becomes the disk's."""
-        name = f"{_UNFINISHED}{disk.path.name}"
+        name = self._unfinished(disk)
         self._remove(pool, name, cancellation)  # what an earlier run has left
         try:
             yield name
-            pool.mark(name, disk.path.name.partition("_")[0])
+            pool.mark(name, self._owner(disk))
             pool.rename(name, disk.path.name)
         except BaseException:
             # What came first counts. What stays here the next attempt removes, or the delete.
@@ -164,12 +172,27 @@ class Rbd:
         owner = pool.owner(disk.path.name)
         if owner is None:
             return False
-        if not disk.path.name.startswith(f"{owner}_"):
+        if owner == self._owner(disk):
+            return True
+        if owner.host and owner.instance:
             raise BackendError(
-                f"{disk.path} is in the way: it is an image that this agent has not made",
-                "look what it is, and rename or remove it with rbd",
+                f"{disk.path} is in the way: host {owner.host} has made it for instance "
+                f"{owner.instance}, and this is host {self._host}",
+                "boot under another uuid; or, if that host is no more and the instance's directory "
+                f"is here now: rbd image-meta set {disk.path} bootwright.host {self._host}",
             )
-        return True
+        raise BackendError(
+            f"{disk.path} is in the way: it is an image that no agent has made",
+            "look what it is, and rename or remove it with rbd",
+        )
+
+    def _owner(self, disk: Disk) -> Owner:
+        return Owner(host=self._host, instance=disk.path.name.partition("_")[0])
+
+    def _unfinished(self, disk: Disk) -> str:
+        # Two hosts may make disks of one name at a time. A name has at most 95 characters.
+        host = hashlib.sha256(self._host.encode()).hexdigest()[:8]
+        return f".bootwright-{host}-{disk.path.name}"
 
     def grow(self, disk: Disk, virtual_size: int) -> Disk:
         disk_file.check_grows(disk, virtual_size)
@@ -194,9 +217,12 @@ class Rbd:
 
     def _remove_all(self, ceph: Connection, disk: Disk, cancellation: Cancellation) -> None:
         with ceph.pool(self._pool) as pool:
-            self._remove(pool, f"{_UNFINISHED}{disk.path.name}", cancellation)
-            if self._exists(pool, disk):
+            self._remove(pool, self._unfinished(disk), cancellation)
+            owner = pool.owner(disk.path.name)
+            if owner == self._owner(disk):
                 self._remove(pool, disk.path.name, cancellation)
+            elif owner is not None:
+                LOG.warning("%s is left alone: this host's agent has not made it", disk.path)
 
     def _remove(self, pool: Pool, name: str, cancellation: Cancellation) -> None:
         for attempt in range(self._busy_retries + 1):
