@@ -17,8 +17,8 @@ class Base:
     format: str
     virtual_size: int
     image: Image
-    digest: str
-    """`algorithm:hex` of what the source sent."""
+    digest: str | None
+    """`algorithm:hex` of what the source sent; None if nobody has read it, see `location`."""
     origin: str
     """`cache`, or the name of the image source it was fetched from just now."""
     received: int = 0

@@ -204,6 +204,7 @@ class Configuration:
             raise ConfigError(f"[libvirt] rbd_user needs the Debian package {missing}")
         return RbdSettings(
             pool=libvirt.images_rbd_pool,
+            glance_pools=frozenset(libvirt.images_rbd_glance_pools),
             ceph_conf=Path(libvirt.images_rbd_ceph_conf) if libvirt.images_rbd_ceph_conf else None,
             user=libvirt.rbd_user,
             secret_uuid=libvirt.rbd_secret_uuid,

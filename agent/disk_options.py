@@ -100,6 +100,14 @@ LIBVIRT: Final[list[cfg.Opt]] = [
         regex=r"^[A-Za-z0-9_.-]+$",
         help="Pool of the disks.",
     ),
+    cfg.ListOpt(
+        "images_rbd_glance_pools",
+        default=["images"],
+        item_type=types.String(regex=r"^[A-Za-z0-9_.-]+$"),
+        help="Pools in which Glance keeps images, its rbd_store_pool: raw images there are cloned, "
+        "not fetched. What Glance calls the location of an image may be its owner's word, so "
+        "nothing is cloned from any other pool. Empty: all images are fetched.",
+    ),
     cfg.StrOpt(
         "images_rbd_ceph_conf",
         regex=ABSOLUTE_PATH,

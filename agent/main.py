@@ -386,7 +386,8 @@ def _rbd(rbd: RbdSettings, settings: Settings, hypervisor: Hypervisor) -> Rbd:
         # What somebody has chosen the uuid of, somebody may have given a value.
         share_key=functools.partial(hypervisor.ensure_secret, replace=rbd.secret_uuid is None),
         scratch=settings.instances_path,
-        clones=not settings.images.signatures.verify,
+        # What nobody reads nobody can say to be signed.
+        clone_pools=frozenset() if settings.images.signatures.verify else rbd.glance_pools,
         busy_retries=rbd.busy_retries,
         busy_interval_s=rbd.busy_interval_s,
     )

@@ -74,7 +74,8 @@ class InstanceReport(_Report):
 class ImageReport(_Report):
     id: str
     digest: str | None = None
-    """`algorithm:hex` of the bytes the image source delivered."""
+    """`algorithm:hex` of the bytes the image source delivered; null if nobody has read them, as of
+    an image that is cloned in Ceph."""
     source: str | None = None
     """`cache`, or the image source the bytes came from in this job."""
 

@@ -23,6 +23,8 @@ class ImageSourceName(enum.StrEnum):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RbdSettings:
     pool: str
+    glance_pools: frozenset[str]
+    """Whose images may be cloned."""
     ceph_conf: Path | None
     """None for Ceph's own places."""
     user: str

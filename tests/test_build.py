@@ -219,7 +219,7 @@ def ceph(site: Site, tmp_path: Path) -> FakeCeph:
         secret_uuid=None,
         share_key=lambda _uuid, _usage, _key: None,
         scratch=tmp_path,
-        clones=False,
+        clone_pools=(),
         busy_retries=1000,
         busy_interval_s=60,
     )

@@ -61,6 +61,30 @@ def test_defaults(write: Write) -> None:
     assert found.api.metrics_listen is None
 
 
+def test_disks_in_ceph(write: Write) -> None:
+    assert settings(write(LOCAL)).libvirt.rbd is None
+    found = settings(write(LOCAL + "[libvirt]\nrbd_user = cinder\n")).libvirt.rbd
+    assert found is not None
+    assert (found.pool, found.ceph_conf) == ("rbd", None)
+    assert found.glance_pools == {"images"}
+    configured = (
+        "[libvirt]\nrbd_user = cinder\nimages_rbd_pool = vms\n"
+        "images_rbd_ceph_conf = /srv/ceph.conf\nimages_rbd_glance_pools = a,b\n"
+    )
+    found = settings(write(LOCAL + configured)).libvirt.rbd
+    assert found is not None
+    assert (found.pool, found.ceph_conf) == ("vms", Path("/srv/ceph.conf"))
+    assert found.glance_pools == {"a", "b"}
+    none = "[libvirt]\nrbd_user = cinder\nimages_rbd_glance_pools =\n"
+    found = settings(write(LOCAL + none)).libvirt.rbd
+    assert found is not None
+    assert found.glance_pools == set()
+    assert "rbd_user" in problem(LOCAL + "[libvirt]\nimages_type = rbd\n", write)
+    assert "images_rbd_glance_pools" in problem(
+        LOCAL + "[libvirt]\nimages_rbd_glance_pools = a/b\n", write
+    )
+
+
 def test_values_reach_the_settings(write: Write) -> None:
     found = settings(
         write(

@@ -5,13 +5,14 @@ The same contract on a real one is in functional/test_rbd.py.
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from agent.backends.rbd import Rbd
+from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.ceph import Cluster
 from agent.disk import Disk, Home
@@ -22,6 +23,7 @@ from agent.errors import (
     DeadlineExceeded,
     InsufficientFreeSpace,
 )
+from agent.image import Image
 from agent.report import Role
 from tests.backend_contract import *  # noqa: F403 - the contract suite
 from tests.backend_contract import MIB, base, generated, planned, prepared
@@ -59,7 +61,12 @@ class Site:
 
 
 def make_site(
-    ceph: FakeCeph, directory: Path, *, busy_interval_s: float = 0.01, host: str = "host-1"
+    ceph: FakeCeph,
+    directory: Path,
+    *,
+    busy_interval_s: float = 0.01,
+    host: str = "host-1",
+    clone_pools: Collection[str] = ("images",),
 ) -> Site:
     (directory / "_base").mkdir(exist_ok=True)
     ceph.keyring(directory / "keyring", "bootwright", KEY)
@@ -71,7 +78,7 @@ def make_site(
         secret_uuid=None,
         share_key=lambda uuid, usage, key: secrets.append((uuid, usage, key)),
         scratch=directory,
-        clones=True,
+        clone_pools=clone_pools,
         busy_retries=3,
         busy_interval_s=busy_interval_s,
     )
@@ -224,6 +231,96 @@ def test_two_hosts_that_make_a_disk_of_one_name_at_one_time(site: Site, tmp_path
         prepared(site, content)
     assert other.read(planned(other, content)).startswith(b"the first")
     assert site.found() == {f"{UUID}_disk"}
+
+
+SNAPSHOT = f"rbd://{FSID}/images/theirs/snap"
+
+
+def kept_in_ceph(site: Site, pool: str = "images", *, protected: bool = True) -> bytes:
+    """Have Glance keep image `theirs` in a pool; return its content."""
+    image = FakeImage(3 * MIB)
+    image.data[:] = os.urandom(3 * MIB)
+    image.snapshots["snap"] = protected
+    site.ceph.pools.setdefault(pool, {})["theirs"] = image
+    return bytes(image.data)
+
+
+def direct(site: Site, *locations: str, image_id: str = "theirs") -> Base | None:
+    image = Image(
+        id=image_id,
+        name="",
+        source="glance",
+        status="active",
+        disk_format="raw",
+        digest=("sha512", "00"),
+        locations=locations,
+    )
+    return site.backend.direct(image)
+
+
+def test_image_in_ceph_is_cloned_and_grown_and_no_hash_is_told_for_it(site: Site) -> None:
+    content = kept_in_ceph(site)
+    found = direct(site, "rbd://elsewhere/images/theirs/snap", SNAPSHOT)
+    assert found is not None
+    assert (found.origin, found.virtual_size, found.digest) == ("rbd", 3 * MIB, None)
+    disk = prepared(site, found)
+    assert disk.base_name is None
+    assert site.read(disk) == content + bytes(5 * MIB)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        SNAPSHOT.replace(FSID, FSID.replace("6", "7")),
+        SNAPSHOT.replace("/images/", "/backups/"),
+        SNAPSHOT.replace("/images/", "/vms/"),
+        SNAPSHOT.replace("/snap", "/other"),
+        SNAPSHOT.replace("rbd:", "file:"),
+        SNAPSHOT.replace("/images/theirs/snap", "/images"),
+        "rbd://theirs",
+    ],
+)
+def test_location_that_is_not_glances_own_is_nothing_to_clone(site: Site, location: str) -> None:
+    for pool in ("images", "vms", "backups"):
+        kept_in_ceph(site, pool)
+    assert direct(site, location) is None
+    site.images.clear()
+
+
+def test_other_pool_is_named_for_who_wonders_why_an_image_is_fetched(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    kept_in_ceph(site, "glance")
+    assert direct(site, SNAPSHOT.replace("/images/", "/glance/")) is None
+    assert "pool glance is not in images_rbd_glance_pools" in caplog.text
+
+
+def test_image_of_another_id_is_nothing_to_clone(site: Site) -> None:
+    kept_in_ceph(site)
+    assert direct(site, SNAPSHOT, image_id="mine") is None
+
+
+def test_nothing_is_cloned_where_no_pool_is_named(site: Site, tmp_path: Path) -> None:
+    kept_in_ceph(site)
+    assert direct(make_site(site.ceph, tmp_path, clone_pools=()), SNAPSHOT) is None
+
+
+def test_snapshot_that_may_go_or_not_be_read_is_not_cloned(site: Site) -> None:
+    kept_in_ceph(site, protected=False)
+    assert direct(site, SNAPSHOT) is None
+    kept_in_ceph(site)
+    site.ceph.failures["open"] = [errno.EPERM]
+    assert direct(site, SNAPSHOT) is None
+
+
+def test_cluster_that_does_not_say_whether_there_is_a_snapshot_is_an_error(site: Site) -> None:
+    kept_in_ceph(site)
+    site.ceph.failures["open"] = [errno.ETIMEDOUT]
+    assert direct(site, SNAPSHOT) is not None
+    site.ceph.failures["open"] = [errno.EIO]
+    with pytest.raises(BackendError, match="looking at images/theirs/snap: EIO"):
+        direct(site, SNAPSHOT)
 
 
 def test_busy_image_is_removed_when_it_is_closed(site: Site) -> None:

@@ -16,7 +16,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -50,7 +50,7 @@ class Rbd:
         secret_uuid: str | None,
         share_key: Callable[[str, str, bytes], None],
         scratch: Path,
-        clones: bool,
+        clone_pools: Collection[str],
         busy_retries: int,
         busy_interval_s: float,
     ) -> None:
@@ -60,8 +60,8 @@ class Rbd:
 
         `share_key(secret_uuid, usage, key)` makes sure that the hypervisor has the user's key.
 
-        `scratch`: a directory for files that no name is given to. `clones`: whether an
-        image may be used as the cluster has it, its bytes unread.
+        `scratch`: a directory for files that no name is given to. `clone_pools`:
+        those in which an image may be used as the cluster has it, its bytes unread.
         """
         self._cluster = cluster
         self._host = host
@@ -69,12 +69,12 @@ class Rbd:
         self._secret_uuid = secret_uuid
         self._share_key = share_key
         self._scratch = scratch
-        self._clones = clones
+        self._clone_pools = clone_pools
         self._busy_retries = busy_retries
         self._busy_interval_s = busy_interval_s
 
     def direct(self, image: Image, /) -> Base | None:
-        if not self._clones or image.disk_format != "raw" or not image.locations:
+        if not self._clone_pools or image.disk_format != "raw" or not image.locations:
             return None
         return self._cluster.call(lambda ceph: self._direct(ceph, image))
 
@@ -84,14 +84,30 @@ class Rbd:
             # A location may be anybody's word: only what Glance itself calls this image counts.
             if match is None or (match[1], match[3], match[4]) != (ceph.fsid, image.id, "snap"):
                 continue
+            if match[2] not in self._clone_pools:
+                LOG.info(
+                    "image %s is fetched, though it is in Ceph: pool %s is not in "
+                    "images_rbd_glance_pools",
+                    image.id,
+                    match[2],
+                )
+                continue
             size = ceph.snapshot_size((match[2], match[3], match[4]))
-            if size is not None:
+            if size is None:
+                LOG.info(
+                    "image %s is fetched, though it is in Ceph: client.%s finds no protected "
+                    "snapshot %s",
+                    image.id,
+                    self._cluster.user,
+                    location,
+                )
+            else:
                 return Base(
                     path=Path(match[2], match[3]),
                     format="raw",
                     virtual_size=size,
                     image=image,
-                    digest="" if image.digest is None else ":".join(image.digest),
+                    digest=None,
                     origin="rbd",
                     location=location,
                 )
@@ -126,6 +142,7 @@ class Rbd:
                 return
             with self._making(ceph, pool, disk, cancellation) as name:
                 if base.location is not None and (match := _LOCATION.fullmatch(base.location)):
+                    LOG.info("cloning %s, of which no byte is read or checked", base.location)
                     ceph.clone((match[2], match[3], match[4]), pool, name)
                 else:
                     with _reading(base.path, f"making {disk.path} of base {base.name}:") as fd:
