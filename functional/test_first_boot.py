@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from functional.conftest import Images
+from functional.harness import guest as guests
 from functional.harness.agent import Agent
 from functional.harness.console import Seen, wait_ready
 from functional.harness.glance import Glance
@@ -66,6 +67,22 @@ def test_kernel_and_ramdisk_come_from_the_root_images_properties(
     seen = console(agent, "web-1")
     assert (seen.kernel, seen.content_sha256) == (guest.kernel_version, guest.content_sha256)
     assert seen.disks == {"vda": GIB}
+
+
+def test_an_iso_boots_from_the_cdrom_drive_it_is_in(
+    agent: Agent, glance: Glance, guest: Guest, tmp_path: Path
+) -> None:
+    cdrom = guests.cdrom(guest, tmp_path)
+    # The guest's kernel knows IDE, but not SATA.
+    properties = {"hw_cdrom_bus": "ide"}
+    image_id = glance.upload(cdrom.root, disk_format="iso", properties=properties)
+
+    agent.boot(job("web-1", image_id))
+
+    assert agent.base(image_id).read_bytes() == cdrom.root.read_bytes()
+    seen = console(agent, "web-1")
+    assert seen.content_sha256 == cdrom.content_sha256
+    assert (seen.root_device, seen.disks) == ("sr0", {})
 
 
 def test_a_second_boot_downloads_nothing_and_refreshes_the_last_use_of_a_foreign_base(

@@ -29,6 +29,7 @@ from typing import Final
 CONSOLE_PREFIX: Final = "BOOTWRIGHT "
 POWEROFF_WORD: Final = "bootwright.poweroff"
 ROOT_LABEL: Final = "bootwright"
+_CDROM_LABEL: Final = "BOOTWRIGHT_CD"
 
 # `quiet`, for an emulated serial port is slow and only our own lines are wanted on it.
 COMMAND_LINE: Final = f"root=LABEL={ROOT_LABEL} console=ttyS0 quiet"
@@ -56,6 +57,8 @@ _BUSYBOX: Final = Path("/bin/busybox")
 _RAMDISK_INIT: Final = Path(__file__).with_name("guest_ramdisk_init.sh")
 _RESIZE2FS: Final = Path("/sbin/resize2fs")
 _ROOT_INIT: Final = Path(__file__).with_name("guest_init.sh")
+_ISOLINUX: Final = Path("/usr/lib/ISOLINUX/isolinux.bin")
+_LDLINUX: Final = Path("/usr/lib/syslinux/modules/bios/ldlinux.c32")
 _SYSLINUX_MBR: Final = Path("/usr/lib/syslinux/mbr/mbr.bin")
 
 _MIB: Final = 1024 * 1024
@@ -163,6 +166,27 @@ def variant(directory: Path, *, seed: str, extra_mib: int = 0) -> Variant:
         # ext4 keeps about 1.6 % for inodes (256 bytes for every 16 KiB) and a little for bitmaps.
         _make_ext4(tree, root, _ROOT_MIB + extra_mib + extra_mib // 30)
     return Variant(root=root, content_sha256=content)
+
+
+def cdrom(guest: Guest, directory: Path) -> Variant:
+    """A CD-ROM that boots with isolinux and is the root itself, read-only; `cdrom.iso`."""
+    iso = directory / "cdrom.iso"
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".cdrom-") as name:
+        tree = Path(name)
+        _make_root_tree(tree, seed="cdrom")
+        (tree / "isolinux").mkdir()
+        for file in (guest.kernel, guest.ramdisk, _ISOLINUX, _LDLINUX):
+            shutil.copyfile(file, tree / "isolinux" / file.name)
+        command_line = f"root=LABEL={_CDROM_LABEL} rootfstype=iso9660 console=ttyS0 quiet"
+        (tree / "isolinux" / "isolinux.cfg").write_text(
+            "DEFAULT guest\nLABEL guest\n"
+            f"LINUX /isolinux/kernel\nINITRD /isolinux/ramdisk\nAPPEND {command_line}\n"
+        )
+        boot = ["-b", f"isolinux/{_ISOLINUX.name}", "-c", "isolinux/catalog", "-no-emul-boot"]
+        boot += ["-boot-load-size", "4", "-boot-info-table"]
+        options = ["-quiet", "-R", "-V", _CDROM_LABEL]
+        _run("xorriso", "-as", "mkisofs", *options, *boot, "-o", iso, tree)
+        return Variant(root=iso, content_sha256=content_sha256(tree))
 
 
 def content_sha256(tree: Path) -> str:

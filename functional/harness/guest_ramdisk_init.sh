@@ -21,8 +21,12 @@ while read -r module; do
 done < /modules/order
 
 root=LABEL=bootwright
+type=ext4
 for word in $(cat /proc/cmdline); do
-    case $word in root=*) root=${word#root=} ;; esac
+    case $word in
+        root=*) root=${word#root=} ;;
+        rootfstype=*) type=${word#rootfstype=} ;;
+    esac
 done
 
 # Disks show up a moment after their driver; 10 s is plenty even on a busy host without KVM.
@@ -38,7 +42,7 @@ while :; do
     sleep 0.1
 done
 
-mount -t ext4 -o noatime "$device" /newroot || give_up "cannot mount $device"
+mount -t "$type" -o noatime "$device" /newroot || give_up "cannot mount $device"
 mount --move /dev /newroot/dev
 mount --move /sys /newroot/sys
 mount -t proc proc /newroot/proc # a second one: without /proc here busybox finds no applets
