@@ -81,7 +81,8 @@ def rebuild(
                 raise
             finally:
                 acquisition.release()
-        _remove_replaced(change, record)
+        # It is what the instance is now, whatever anybody wishes.
+        _remove_replaced(change, record, cancellation.undoing())
         state = change.note_domain() if change.state(record) is not None else None
     recorder.finish(
         Status.ACTIVE if is_running(state) else Status.DONE, "the instance has its new root disk"
@@ -312,10 +313,12 @@ def _runs_on(change: Change, root: Disk) -> bool:
 # Its end
 
 
-def _remove_replaced(change: Change, record: InstanceRecord) -> InstanceRecord:
+def _remove_replaced(
+    change: Change, record: InstanceRecord, cancellation: Cancellation
+) -> InstanceRecord:
     for disk in record.replaced:
         try:
-            change.host.backends[disk.backend].remove(disk, change.home, change.cancellation)
+            change.host.backends[disk.backend].remove(disk, change.home, cancellation)
         except BackendError as e:
             raise BackendError(
                 f"the instance has its new root disk, but the old one is still there: {e.message}",
@@ -328,7 +331,7 @@ def _settled(change: Change, record: InstanceRecord) -> InstanceRecord:
     """Return the instance without what another rebuild has left of itself."""
     if record.rebuild is not None and record.rebuild.job_id != change.job_id:
         record = _reverted(change, record, record.rebuild, change.cancellation)
-    return _remove_replaced(change, record)
+    return _remove_replaced(change, record, change.cancellation)
 
 
 def _reverted(

@@ -324,6 +324,19 @@ def test_guest_that_runs_on_its_new_disk_is_not_started_twice(site: Site) -> Non
     assert files(site) == {"console.log", "disk.rebuilt", "instance.json"}
 
 
+def test_rebuild_that_is_cancelled_after_its_end_has_ended_well(site: Site) -> None:
+    site.run()
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
+    rebuild(site.host, request, recorder, Cancellation())
+    cancellation = Cancellation()
+    cancellation.cancel(Cancelled("too late"))
+    again = Recorder(site.journal, queued(site, recorder))
+
+    rebuild(site.host, request, again, cancellation)
+
+    assert again.report.status is Status.ACTIVE
+
+
 def test_domain_that_a_crash_has_left_undefined_comes_back_rebuilt(site: Site) -> None:
     site.run()
     request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
