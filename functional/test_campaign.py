@@ -45,10 +45,10 @@ TAKES_SPACE: Final = (
 )
 TROUBLES: Final = {
     "killed": Trouble(action=Action.KILL),
-    "torn": Trouble(action=Action.TEAR, kinds=Kind.WRITE | Kind.COPY),
+    "fsync": Trouble(action=Action.FAIL, kinds=Kind.SYNC, error=errno.EIO),
     "enospc": Trouble(action=Action.FAIL, kinds=TAKES_SPACE, error=errno.ENOSPC),
     "eio": Trouble(action=Action.FAIL, kinds=ALL ^ Kind.SYNC, error=errno.EIO),
-    "fsync": Trouble(action=Action.FAIL, kinds=Kind.SYNC, error=errno.EIO),
+    "torn": Trouble(action=Action.TEAR, kinds=Kind.WRITE | Kind.COPY),
     "short": Trouble(action=Action.SHORTEN, kinds=Kind.WRITE | Kind.COPY),
 }
 

@@ -42,6 +42,7 @@ _REFUSALS: Final = {"InsufficientFreeSpace", "BackendError"}
 # What bears times or inode numbers. A file system is looked at by its own tools, and a manifest
 # by verification.
 _VARYING: Final = re.compile(r".*\.json|.*/disk\.(eph\d+|config)|.*/console\.log")
+_REBUILT: Final = ".rebuilt"
 COUNT: Final = Trouble(action=Action.KILL)
 
 
@@ -157,7 +158,7 @@ class Field:
             _assert_ended(report, self.scenario.ends)
         self._call()
         self._maintain()
-        tree = tree_of(self.agent.instances)
+        tree = self._tree()
         self._drives_seen = self._config_drives()
         self._clear()
         return tree
@@ -263,12 +264,21 @@ class Field:
         for document, report in zip(jobs, self._wait_all(again), strict=True):
             if failed and report.status is Status.ERROR:
                 self._assert_refused(report, failed)
-                [report_again] = self._submit_and_wait([document], self._key("again"))
-                _assert_ended(report_again, self.scenario.ends)
+                self._do_again(document)
             else:
                 _assert_ended(report, self.scenario.ends)
         if not called:
             self._call()
+
+    def _do_again(self, document: Document) -> None:
+        try:
+            [report] = self._submit_and_wait([document], self._key("again"))
+        except Refused as e:
+            # It was deleted, but nobody knows whether a power cut would bring it back.
+            if document["action"] != "delete" or e.error.code != "NotFound":
+                raise
+        else:
+            _assert_ended(report, self.scenario.ends)
 
     def _assert_refused(self, report: JobReport, failed: int) -> None:
         assert report.error is not None
@@ -281,7 +291,7 @@ class Field:
     def _judge(self, reference: Reference) -> None:
         """All is as after an undisturbed run; delete it, and nothing is left."""
         self._maintain()
-        now = tree_of(self.agent.instances)
+        now = self._tree()
         missing, surplus = reference.tree.keys() - now.keys(), now.keys() - reference.tree.keys()
         assert not missing, f"lost: {sorted(missing)}"
         assert not surplus, f"left behind: {sorted(surplus)}"
@@ -291,6 +301,15 @@ class Field:
             _tool("e2fsck", "-fn", path)
         assert self._config_drives() == reference.config_drives
         self._clear()
+
+    def _tree(self) -> Tree:
+        """What there is, with a root disk under one name, for each rebuild changes it."""
+        tree = tree_of(self.agent.instances)
+        for path in [path for path in tree if path.endswith(_REBUILT)]:
+            usual = path.removesuffix(_REBUILT)
+            assert usual not in tree, f"both {usual} and {path}"
+            tree[usual] = tree.pop(path)
+        return tree
 
     def _config_drives(self) -> Tree:
         """What is in them: the dates in them are those of their making."""
