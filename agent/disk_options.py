@@ -46,7 +46,7 @@ LIBVIRT: Final[list[cfg.Opt]] = [
         max=2048,
         help="KiB that a qcow2 disk takes from the filesystem at a time: a power of two. With "
         "larger ones QEMU keeps fewer tables, with smaller ones it copies less of the base for "
-        "each write.",
+        "each write (benchmarks/geometry.py).",
     ),
     cfg.BoolOpt(
         "qcow2_extended_l2",

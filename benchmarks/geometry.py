@@ -2,9 +2,12 @@
 
     python -m benchmarks.geometry [DIRECTORY]
 
-For each cluster size, with and without extended L2 entries: 2000 writes of 4 KiB, 1 MiB apart, to
-a new overlay on a base of 2 GiB with data everywhere, each on the disk before the next (as a
-database does it), and what the file takes from the file system then. Ratios to the first line.
+For each cluster size, with and without extended L2 entries and lazy refcounts: 2000 writes of
+4 KiB, 1 MiB apart, to a new overlay on a base of 2 GiB with data everywhere, one after the other;
+500 such writes each of which is flushed before the next, as a database does it; and what the file
+takes from the file system then. Ratios to the first line.
+
+The agent asks for no lazy refcounts, so QEMU sets them here.
 """
 
 import argparse
@@ -12,32 +15,56 @@ import statistics
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from agent.qcow2 import Geometry, create_overlay
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 WRITES = 2000
+FLUSHED_WRITES = 500
 ROUNDS = 3
 
-GEOMETRIES = [
-    Geometry(),
-    Geometry(cluster_size=64 * KIB, extended_l2=True),
-    Geometry(cluster_size=128 * KIB, extended_l2=True),
-    Geometry(cluster_size=16 * KIB),
-    Geometry(cluster_size=2 * MIB),
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    kib: int = 64
+    extended_l2: bool = False
+    lazy: bool = False
+
+
+CANDIDATES = [
+    Candidate(),
+    Candidate(lazy=True),
+    Candidate(extended_l2=True),
+    Candidate(extended_l2=True, lazy=True),
+    Candidate(kib=128, extended_l2=True),
+    Candidate(kib=16),
+    Candidate(kib=16, lazy=True),
+    Candidate(kib=2048),
 ]
 
 
-def written(directory: Path, base: Path, geometry: Geometry) -> tuple[float, int]:
+def written(directory: Path, base: Path, candidate: Candidate, *, flush: bool) -> tuple[float, int]:
     """Return seconds, and bytes allocated."""
     overlay = directory / "overlay"
     create_overlay(
-        overlay, virtual_size=2 * GIB, backing_file=base, backing_format="raw", geometry=geometry
+        overlay,
+        virtual_size=2 * GIB,
+        backing_file=base,
+        backing_format="raw",
+        geometry=Geometry(cluster_size=candidate.kib * KIB, extended_l2=candidate.extended_l2),
     )
+    if candidate.lazy:
+        subprocess.run(
+            ["qemu-img", "amend", "-f", "qcow2", "-o", "lazy_refcounts=on", overlay], check=True
+        )
+    count = ["-c", str(WRITES)]
+    if flush:
+        count = ["-c", str(FLUSHED_WRITES), "--flush-interval", "1"]
     began = time.perf_counter()
     subprocess.run(
-        ["qemu-img", "bench", "-w", "-t", "none", "-d", "1", "-c", str(WRITES), "-s", "4096",
+        ["qemu-img", "bench", "-w", "-t", "none", "-d", "1", *count, "-s", "4096",
          "-S", str(MIB), "-f", "qcow2", overlay],
         check=True,
         stdout=subprocess.DEVNULL,
@@ -54,23 +81,27 @@ def main() -> None:
     )
     parser.add_argument("directory", nargs="?", type=Path, default=Path("/var/tmp"))
     arguments = parser.parse_args()
+    plain: dict[Candidate, list[float]] = {each: [] for each in CANDIDATES}
+    flushed: dict[Candidate, list[float]] = {each: [] for each in CANDIDATES}
+    taken: dict[Candidate, int] = {}
     with tempfile.TemporaryDirectory(prefix="bootwright-", dir=arguments.directory) as name:
         base = Path(name, "base")
         with base.open("wb") as file:
             for _ in range(2 * GIB // MIB):
                 file.write(b"\x5a" * MIB)
-        samples: dict[Geometry, list[tuple[float, int]]] = {each: [] for each in GEOMETRIES}
         for _ in range(ROUNDS):
-            for geometry, taken in samples.items():
-                taken.append(written(Path(name), base, geometry))
-    print(f"{'clusters':>10}{'extended L2':>13}{'seconds':>9}{'ratio':>7}{'allocated':>11}")
-    first = None
-    for geometry, taken in samples.items():
-        seconds = statistics.median(each for each, _ in taken)
-        first = first or seconds
+            for candidate in CANDIDATES:
+                seconds, taken[candidate] = written(Path(name), base, candidate, flush=False)
+                plain[candidate].append(seconds)
+                flushed[candidate].append(written(Path(name), base, candidate, flush=True)[0])
+    print("clusters  extended L2   lazy    plain  ratio  flushed  ratio  allocated")
+    first = statistics.median(plain[CANDIDATES[0]]), statistics.median(flushed[CANDIDATES[0]])
+    for each in CANDIDATES:
+        one, other = statistics.median(plain[each]), statistics.median(flushed[each])
         print(
-            f"{geometry.cluster_size // KIB:>6} KiB{geometry.extended_l2!s:>13}{seconds:>9.2f}"
-            f"{seconds / first:>7.2f}{taken[0][1] // MIB:>7} MiB"
+            f"{each.kib:>4} KiB{each.extended_l2!s:>13}{each.lazy!s:>7}"
+            f"{one:>7.2f} s{one / first[0]:>7.2f}{other:>7.2f} s{other / first[1]:>7.2f}"
+            f"{taken[each] // MIB:>7} MiB"
         )
 
 
