@@ -113,6 +113,18 @@ def test_disk_that_exists_is_the_same_file_afterwards(site: BackendSite) -> None
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_overlay_that_stands_alone_by_now_is_kept(flat: FileSite) -> None:
+    site = dataclasses.replace(flat, backend=Qcow2(QemuImg()))
+    content = base(site)
+    disk = prepared(site, content)
+    # As 'virsh blockpull' leaves it.
+    subprocess.run(["qemu-img", "rebase", "-f", "qcow2", "-b", "", disk.path], check=True)
+    before = disk.path.read_bytes()
+    site.backend.prepare(disk, content, Cancellation())
+    assert disk.path.read_bytes() == before
+    assert "backing-filename" not in info(disk)
+
+
 def test_generated_disk_takes_no_space_for_its_holes(site: BackendSite) -> None:
     disk = generated(site, b"y" * 512, 64 * MIB)
     assert disk.path.stat().st_blocks * 512 < MIB

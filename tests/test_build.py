@@ -34,6 +34,7 @@ from agent.instances import Instances
 from agent.job import ConfigDriveFormat, GuestFormat, ImagesType, parse
 from agent.journal import Journal, digest_of
 from agent.layout import Formats
+from agent.manifest import base_name
 from agent.qemu_img import QemuImg
 from agent.recorder import Recorder
 from agent.removal import remove_instance
@@ -74,14 +75,17 @@ class Site:
         self.uuid = str(uuid.uuid4())
         self.name = f"web-{self.uuid[:8]}"
         self.comes_meanwhile: str | None = None
+        self.at_touch: list[tuple[str, bool]] = []
+        """Of each refreshed base the name, and whether there was a root disk by then."""
         self.cancellation = Cancellation()
 
     @property
     def directory(self) -> Path:
         return self.kit.directory / self.uuid
 
-    def touched(self, _base: str) -> None:
+    def touched(self, base: str) -> None:
         """Once the job has its base: what another tool defines while it is fetched."""
+        self.at_touch.append((base, (self.directory / "disk").exists()))
         if self.comes_meanwhile is not None:
             self.hypervisor.define(self.comes_meanwhile)
 
@@ -295,3 +299,19 @@ def test_instance_whose_domain_cannot_be_asked_for_keeps_its_disks(
         )
     assert (site.directory / "disk").exists()
     assert Instances(site.kit.directory).find(site.uuid).name == site.name
+
+
+def test_last_use_of_the_base_is_refreshed_before_its_disk_is_made(site: Site) -> None:
+    site.run()
+    assert site.at_touch == [(base_name(site.image.id), False)]
+    assert (site.directory / "disk").exists()
+
+
+@pytest.mark.parametrize("images_type", ["qcow2", "raw"])
+def test_without_a_size_the_root_disk_has_that_of_its_image(site: Site, images_type: str) -> None:
+    flavor = {"vcpus": 1, "ram": 64, "disk": 0}
+    report = site.run(flavor=flavor, images_type=images_type)
+    [disk] = report.disks
+    assert disk.virtual_size == site.image.size
+    if images_type == "raw":
+        assert (site.directory / "disk").read_bytes() == site.kit.source.data[site.image.id]

@@ -56,6 +56,9 @@ class Executions:
 
 EXECUTIONS = Executions()
 
+CONVERTED = {"vmdk": "vmdk", "vhd": "vpc", "vhdx": "vhdx", "vdi": "vdi"}
+"""Glance's name and QEMU's of what goes through qemu-img, if it is honest."""
+
 
 class Source(cache_kit.Source):
     """An image source that answers as the sample wants."""
@@ -146,6 +149,13 @@ def test_case(case: Case, tmp_path: Path) -> None:
         # Of a fixed geometry there may be some sectors more.
         assert not content[len(truth) :].strip(b"\0")
         assert (base.format, base.virtual_size) == ("raw", len(content))
+        started = EXECUTIONS.of_qemu()
+        if case.disk_format not in CONVERTED:
+            assert started == []
+        else:
+            [argv] = started
+            # The format is never left to be guessed.
+            assert argv[argv.index("-f") + 1] == CONVERTED[case.disk_format]
         return
 
     if case.by is By.INSPECTION:

@@ -119,6 +119,27 @@ def test_a_qcow2_becomes_a_raw_base(kit: CacheKit, source: Source, tmp_path: Pat
     assert leftovers(kit) == []
 
 
+def test_a_conversion_that_fails_names_the_image_and_leaves_nothing(
+    kit: CacheKit, source: Source, tmp_path: Path
+) -> None:
+    (tmp_path / "raw").write_bytes(random_bytes(2))
+    subprocess.run(
+        ["qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized",
+         tmp_path / "raw", tmp_path / "vmdk"],
+        check=True,
+    )  # fmt: skip
+    # Tables and the first grains are sound; no more of one is known before it is unpacked.
+    data = bytearray((tmp_path / "vmdk").read_bytes())
+    data[-4096:-1024] = bytes(3072)
+    image = source.add(bytes(data), disk_format="vmdk")
+
+    with pytest.raises(ImageUnacceptable, match=f"image {image.id}: converting .* vmdk to raw"):
+        acquire(kit, image)
+
+    assert kit.store.entries() == []
+    assert leftovers(kit) == []
+
+
 def test_holes_of_a_raw_image_stay_holes(kit: CacheKit, source: Source) -> None:
     data = random_bytes(1) + bytes(30 * MIB) + random_bytes(1)
 

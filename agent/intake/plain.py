@@ -137,13 +137,16 @@ class PlainIntake:
         self._look(verdict)
         raw = self._partial.raw
         raw.unlink(missing_ok=True)
-        self._converter.convert(
-            self._partial.data,
-            verdict.format,
-            raw,
-            self._cancellation,
-            virtual_size=verdict.virtual_size,
-        )
+        try:
+            self._converter.convert(
+                self._partial.data,
+                verdict.format,
+                raw,
+                self._cancellation,
+                virtual_size=verdict.virtual_size,
+            )
+        except ImageUnacceptable as e:
+            raise ImageUnacceptable(f"image {self._partial.image.id}: {e.message}", e.hint) from e
         # Once more, of what QEMU has made of it.
         refuse_nested(self._partial.image.id, first_bytes(raw, HEAD))
         return raw
