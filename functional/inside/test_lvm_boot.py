@@ -1,6 +1,7 @@
 """The installed agent with a volume group: udev, helpers, and a domain off a logical volume."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def children(pid: int) -> list[int]:
     return [int(child) for task in tasks for child in task.read_text().split()]
 
 
-def test_domain_boots_off_a_thin_volume_and_leaves_nothing(
+@pytest.mark.timeout(2 * LIMIT_S)
+def test_domain_off_a_thin_volume_is_changed_in_every_way_and_leaves_nothing(
     work: Path, libvirtd: PrivateLibvirtd, guest: Guest
 ) -> None:
     with agent_with(work, libvirtd, libvirt={"images_thin_pool": POOL}) as (agent, client):
@@ -121,6 +123,33 @@ def test_domain_boots_off_a_thin_volume_and_leaves_nothing(
             ["CAP_FOWNER"],
         ]
         assert capabilities(agent.pid) == []
+
+        def change(action: str, **fields: object) -> Status:
+            instance = {"name": "web-1"}
+            return done(client, {"action": action, "instance": instance, **fields}).status
+
+        change("resize", flavor={"vcpus": 1, "ram": 192, "disk": 2})
+        assert f"Capacity:       {2 * GIB}" in libvirtd.virsh("domblkinfo", "web-1", "vda")
+        # At rest from here on as far as it can be: a guest takes what processor there is in here.
+        libvirtd.virsh("destroy", "web-1")
+        assert change("rescue") is Status.ACTIVE
+        libvirtd.virsh("suspend", "web-1")
+        assert volumes.names() == {
+            *(f"{uuid}_{name}" for name in ("disk", "disk.swap", "disk.rescue")),
+            base,
+        }
+        assert f"<source dev='/dev/{GROUP}/{uuid}_disk.rescue'" in libvirtd.virsh(
+            "dumpxml", "web-1"
+        )
+        assert change("unrescue") is Status.DONE
+        assert volumes.names() == {f"{uuid}_disk", f"{uuid}_disk.swap", base}
+        assert change("rebuild", image={"id": image}) is Status.DONE
+        assert volumes.names() == {f"{uuid}_disk.rebuilt", f"{uuid}_disk.swap", base}
+        content = guest.root.read_bytes()
+        with (DEVICES / f"{uuid}_disk.rebuilt").open("rb") as volume:
+            assert volume.read(len(content)) == content
+            assert volume.seek(0, os.SEEK_END) == 2 * GIB
+        assert f"/dev/{GROUP}/{uuid}_disk.rebuilt" in libvirtd.virsh("dumpxml", "web-1")
 
         client.wait(client.delete_instance("web-1").id, LIMIT_S)
 
