@@ -87,8 +87,9 @@ class Acquisition:
         bases: dict[Role, Base] = {}
         for role, image in images.items():
             if role is Role.ROOT:
+                backend = self._host.backends[images_type]
                 # What nobody reads nobody can say to be signed.
-                direct = None if self._trusted else self._host.backends[images_type].direct(image)
+                direct = None if self._trusted else backend.direct(image, self._cancellation)
                 if direct is not None:
                     check_fits(image, direct.virtual_size, max_virtual_size)
                 bases[role] = direct or self._acquire(role, image, max_virtual_size)

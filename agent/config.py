@@ -24,6 +24,7 @@ from agent.job import ConfigDriveFormat, GuestFormat, ImagesType
 from agent.options import list_opts
 from agent.settings import (
     ApiSettings,
+    CopySettings,
     EncryptionSettings,
     GlanceSettings,
     ImageCacheSettings,
@@ -205,12 +206,23 @@ class Configuration:
         return RbdSettings(
             pool=libvirt.images_rbd_pool,
             glance_pools=frozenset(libvirt.images_rbd_glance_pools),
+            copy=self._copy(),
             ceph_conf=Path(libvirt.images_rbd_ceph_conf) if libvirt.images_rbd_ceph_conf else None,
             user=libvirt.rbd_user,
             secret_uuid=libvirt.rbd_secret_uuid,
             connect_timeout_s=float(libvirt.rbd_connect_timeout),
             busy_retries=libvirt.rbd_destroy_volume_retries,
             busy_interval_s=float(libvirt.rbd_destroy_volume_retry_interval),
+        )
+
+    def _copy(self) -> CopySettings | None:
+        libvirt = self._conf.libvirt
+        if not libvirt.images_rbd_glance_store_name:
+            return None
+        return CopySettings(
+            store=libvirt.images_rbd_glance_store_name,
+            interval_s=float(libvirt.images_rbd_glance_copy_poll_interval),
+            limit_s=float(libvirt.images_rbd_glance_copy_timeout),
         )
 
     def _glance(self) -> GlanceSettings:

@@ -109,6 +109,28 @@ LIBVIRT: Final[list[cfg.Opt]] = [
         "nothing is cloned from any other pool. Empty: all images are fetched.",
     ),
     cfg.StrOpt(
+        "images_rbd_glance_store_name",
+        default="",
+        regex=r"^[A-Za-z0-9_.-]*$",
+        help="Store of Glance whose pool is in images_rbd_glance_pools: a raw image that is not "
+        "there yet is copied there by Glance, which needs the policy copy_image and shall show "
+        "multiple locations, and then cloned. Empty: it is fetched.",
+    ),
+    cfg.IntOpt(
+        "images_rbd_glance_copy_poll_interval",
+        default=15,
+        min=1,
+        max=600,
+        help="Seconds between two looks whether Glance has copied an image.",
+    ),
+    cfg.IntOpt(
+        "images_rbd_glance_copy_timeout",
+        default=600,
+        min=0,
+        max=7 * 86400,
+        help="Seconds to wait for such a copy. After that the image is fetched.",
+    ),
+    cfg.StrOpt(
         "images_rbd_ceph_conf",
         regex=ABSOLUTE_PATH,
         help="Configuration of the Ceph cluster: an absolute path. Where Ceph itself looks if not "

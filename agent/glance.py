@@ -11,24 +11,26 @@ one of `agent.errors`: `ImageSourceUnavailable` for what may pass, else final.
 """
 
 import contextlib
-import hashlib
 import re
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Protocol, TypedDict, cast
+from typing import Protocol, TypedDict, TypeVar, cast
 
 import glanceclient
 import requests
 import urllib3
 from keystoneauth1.adapter import Adapter
 from keystoneauth1.session import Session
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel
 
 from agent.errors import ImageCorrupt, ImageNotActive, ImageNotFound, ImageSourceUnavailable
 from agent.glance_errors import FOREIGN, clock, refusal, translated
+from agent.glance_record import SOURCE, Copies, copies_of, image_of
 from agent.image import Image
 from agent.job import image_id as canonical_image_id
+
+_T = TypeVar("_T")
 
 # One read hands out what has arrived, this much at most. Measured over
 # loopback with pieces of 1 MiB: 1.2 to 1.8 GiB/s and 0.3 to 0.5 s of CPU a GiB
@@ -40,20 +42,10 @@ _REDIRECTS = 3
 _REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 _NAME_THE_PLACE = "have endpoint_override, or Keystone's catalog, name the place where Glance is"
 
-# What the image schema defines itself, and what a store adds. The rest of a
-# record are the owner's own properties.
-_CORE = frozenset(
-    {
-        "checksum", "container_format", "created_at", "direct_url", "disk_format", "file", "id",
-        "locations", "min_disk", "min_ram", "name", "os_hash_algo", "os_hash_value", "os_hidden",
-        "owner", "protected", "schema", "self", "size", "status", "stores", "tags", "updated_at",
-        "virtual_size", "visibility",
-    }
-)  # fmt: skip
-
 
 class _Images(Protocol):
     def get(self, image_id: str) -> Mapping[str, object]: ...
+    def image_import(self, image_id: str, method: str, *, stores: list[str]) -> object: ...
 
 
 class _Catalog(TypedDict):
@@ -70,37 +62,6 @@ class _Client(Protocol):
     def images(self) -> _Images: ...
 
 
-_Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
-_Count = Annotated[int, Field(ge=0)]
-
-
-class _Location(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    url: str
-
-
-class _Record(BaseModel):
-    """An image as the v2 API describes it, as far as it matters here."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-
-    id: str
-    status: str
-    name: _Text = ""
-    disk_format: _Text = ""
-    container_format: _Text = ""
-    size: _Count | None = None
-    virtual_size: _Count | None = None
-    min_disk: _Count = 0
-    min_ram: _Count = 0
-    os_hash_algo: str | None = None
-    os_hash_value: str | None = None
-    checksum: str | None = None
-    direct_url: str | None = None
-    locations: list[_Location] = Field(default_factory=list)
-
-
 class _List(BaseModel):
     """The answer to a question for images."""
 
@@ -110,7 +71,7 @@ class _List(BaseModel):
 class GlanceSource:
     """An image source (agent/transfer.py) that may be shared by any number of threads."""
 
-    name = "glance"
+    name = SOURCE
 
     def __init__(
         self,
@@ -164,9 +125,29 @@ class GlanceSource:
             image_id = canonical_image_id(image_id)
         except ValueError as e:
             raise ImageNotFound(f"{image_id!r:.80} cannot be the id of an image: it {e}") from e
+        return self._call("", image_id, lambda images: image_of(images.get(image_id), image_id))
+
+    def copy(self, image_id: str, store: str) -> None:
+        """Begin to copy an image to another store of this Glance.
+
+        Raises:
+            ImageNotAuthorized: it is not ours to ask for that.
+            ImageSourceUnavailable: it is there or on its way already; or as `get`.
+        """
+        self._call(
+            f"copying to store {store} ",
+            image_id,
+            lambda images: images.image_import(image_id, "copy-image", stores=[store]),
+        )
+
+    def copies(self, image_id: str) -> Copies:
+        """Return in which stores an image is, and on its way to; raises as `get`."""
+        return self._call("", image_id, lambda images: copies_of(images.get(image_id), image_id))
+
+    def _call(self, what: str, image_id: str, call: Callable[[_Images], _T]) -> _T:
         endpoint, turn = self._endpoint()
-        with self._asking(turn, f"image {image_id} at {_shown(endpoint)}"):
-            return _image(self._client(endpoint).images.get(image_id), image_id)
+        with self._asking(turn, f"{what}image {image_id} at {_shown(endpoint)}"):
+            return call(self._client(endpoint).images)
 
     def endpoints(self) -> tuple[str, ...]:
         """Return where Glance is, as configured or as the service catalog has it.
@@ -350,45 +331,6 @@ class GlanceBody:
             self._raw.shutdown()
         with self._reading:
             self._response.close()
-
-
-def _image(answer: Mapping[str, object], image_id: str) -> Image:
-    record = _Record.model_validate(dict(answer))
-    if record.id != image_id:
-        raise ValueError(f"it describes image {record.id!r:.80}")
-    return Image(
-        id=record.id,
-        name=record.name,
-        source=GlanceSource.name,
-        status=record.status,
-        disk_format=record.disk_format,
-        container_format=record.container_format,
-        size=record.size,
-        virtual_size=record.virtual_size,
-        min_disk=record.min_disk,
-        min_ram=record.min_ram,
-        digest=_digest(record),
-        properties={
-            key: value
-            for key, value in (record.model_extra or {}).items()
-            if key not in _CORE and isinstance(value, str)
-        },
-        locations=_locations(record),
-    )
-
-
-def _locations(record: _Record) -> tuple[str, ...]:
-    urls = [record.direct_url, *(location.url for location in record.locations)]
-    return tuple(dict.fromkeys(url for url in urls if url and url.startswith("rbd://")))
-
-
-def _digest(record: _Record) -> tuple[str, str] | None:
-    algorithm = (record.os_hash_algo or "").lower()
-    # The SHAKE functions have no length of their own, so a value alone does not say the digest.
-    known = algorithm in hashlib.algorithms_available and not algorithm.startswith("shake")
-    if known and record.os_hash_value:
-        return algorithm, record.os_hash_value.lower()
-    return ("md5", record.checksum.lower()) if record.checksum else None
 
 
 def _range(offset: int, end: int | None) -> str | None:

@@ -23,6 +23,7 @@ from agent.ceph import Cluster
 from agent.disk import DiskType
 from agent.errors import AgentStopping, BackendError
 from agent.files import supports_direct
+from agent.glance_copy import GlanceCopy
 from agent.host import Defaults, Host
 from agent.housekeeping import Housekeeping
 from agent.hypervisor import Hypervisor
@@ -44,6 +45,7 @@ from agent.qemu_img import QemuImg
 from agent.scrub import Scrub
 from agent.service import Agent
 from agent.settings import (
+    CopySettings,
     EncryptionSettings,
     ImageCacheSettings,
     KeyManager,
@@ -388,9 +390,23 @@ def _rbd(rbd: RbdSettings, settings: Settings, hypervisor: Hypervisor) -> Rbd:
         scratch=settings.instances_path,
         # What nobody reads nobody can say to be signed.
         clone_pools=frozenset() if settings.images.signatures.verify else rbd.glance_pools,
+        copy=_copy(rbd.copy, settings),
         busy_retries=rbd.busy_retries,
         busy_interval_s=rbd.busy_interval_s,
     )
+
+
+def _copy(
+    copy: CopySettings | None, settings: Settings
+) -> Callable[[Image, Cancellation], Image | None] | None:
+    if copy is None or settings.images.glance is None:
+        return None
+    return GlanceCopy(
+        image_source.glance(settings.images),
+        store=copy.store,
+        interval_s=copy.interval_s,
+        limit_s=copy.limit_s,
+    ).bring
 
 
 def _instance_keys(encryption: EncryptionSettings) -> InstanceKeys:

@@ -21,10 +21,21 @@ class ImageSourceName(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CopySettings:
+    """What Glance shall copy images to that are to be cloned."""
+
+    store: str
+    interval_s: float
+    limit_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RbdSettings:
     pool: str
     glance_pools: frozenset[str]
     """Whose images may be cloned."""
+    copy: CopySettings | None
+    """None: what is elsewhere is fetched."""
     ceph_conf: Path | None
     """None for Ceph's own places."""
     user: str

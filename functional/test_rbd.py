@@ -31,6 +31,7 @@ from functional.harness.ceph import Ceph
 from functional.harness.console import wait_ready
 from functional.harness.glance import Glance
 from functional.harness.guest import Guest
+from functional.harness.keystone import Keystone
 from functional.harness.libvirtd import PrivateLibvirtd
 from tests.backend_contract import *  # noqa: F403 - the contract suite
 from tests.backend_contract import MIB, base, prepared
@@ -177,7 +178,7 @@ def test_only_what_glance_itself_calls_an_image_is_cloned_for_it(site: RbdSite, 
             disk_format="raw",
             locations=(location,),
         )
-        return site.backend.direct(image)
+        return site.backend.direct(image, Cancellation())
 
     found = direct("theirs")
     assert found is not None
@@ -288,6 +289,69 @@ def cloning_agent(make_agent: MakeAgent, ceph: Ceph, rbd_glance: Glance) -> Agen
     return make_agent(
         options={"libvirt": options(ceph), "glance": {"endpoint_override": rbd_glance.url}}
     )
+
+
+def test_image_that_glance_keeps_in_files_is_copied_to_ceph_and_cloned(
+    make_agent: MakeAgent, ceph: Ceph, work: Path, tmp_path: Path
+) -> None:
+    content = tmp_path / "image"
+    content.write_bytes(os.urandom(8 * MIB))
+    venv = glances.install(CACHE / "openstack")
+    with (
+        # Without users Glance has nobody whose task the copy would be.
+        Keystone(venv, work / "keystone-copies") as keystone,
+        Glance(
+            venv,
+            work / "glance-copies",
+            keystone=keystone,
+            show_locations=True,
+            ceph=ceph,
+            ceph_is_second=True,
+        ) as glance,
+    ):
+        image_id = glance.upload(content, disk_format="raw")
+        assert glance.metadata(image_id)["stores"] == "local"
+        copying = {
+            "images_rbd_glance_store_name": "ceph",
+            "images_rbd_glance_copy_poll_interval": 1,
+        }
+        admin = {
+            "auth_type": "password",
+            "auth_url": keystone.auth_url,
+            "username": "admin",
+            "password": "admin",
+            "project_name": "admin",
+            "user_domain_id": "default",
+            "project_domain_id": "default",
+        }
+        agent = make_agent(
+            options={
+                "libvirt": {**options(ceph), **copying},
+                "glance": {"endpoint_override": glance.url, **admin},
+            }
+        )
+        flavor = {"vcpus": 1, "ram": 192, "disk": 1}
+        results = [
+            agent.boot(
+                {
+                    **job(image_id),
+                    "action": "prepare",
+                    "instance": {"name": name},
+                    "flavor": flavor,
+                }
+            )
+            for name in ("web-1", "web-2")
+        ]
+        assert [result["image"]["source"] for result in results] == ["rbd", "rbd"]
+        assert glance.downloads(image_id) == 0
+        assert glance.metadata(image_id)["stores"] == "local,ceph"
+        for result in results:
+            disk = f"{POOL}/{result['instance']['uuid']}_disk"
+            parent = json.loads(ceph.rbd("info", "--format", "json", disk))["parent"]
+            assert (parent["pool"], parent["image"]) == ("images", image_id)
+        agent.json("instance", "delete", "web-1")
+        agent.json("instance", "delete", "web-2")
+    assert ceph.images(POOL) == set()
 
 
 def job(image_id: str) -> dict[str, Any]:

@@ -13,7 +13,14 @@ from agent.config import ConfigError, Configuration
 from agent.config_files import api_socket
 from agent.disk import DiskType
 from agent.job import GuestFormat, ImagesType
-from agent.settings import EncryptionSettings, ImageSourceName, KeyManager, Settings, VolumeSettings
+from agent.settings import (
+    CopySettings,
+    EncryptionSettings,
+    ImageSourceName,
+    KeyManager,
+    Settings,
+    VolumeSettings,
+)
 
 Write = Callable[..., str]
 
@@ -75,6 +82,11 @@ def test_disks_in_ceph(write: Write) -> None:
     assert found is not None
     assert (found.pool, found.ceph_conf) == ("vms", Path("/srv/ceph.conf"))
     assert found.glance_pools == {"a", "b"}
+    assert found.copy is None
+    copying = "[libvirt]\nrbd_user = cinder\nimages_rbd_glance_store_name = ceph\n"
+    found = settings(write(LOCAL + copying)).libvirt.rbd
+    assert found is not None
+    assert found.copy == CopySettings(store="ceph", interval_s=15, limit_s=600)
     none = "[libvirt]\nrbd_user = cinder\nimages_rbd_glance_pools =\n"
     found = settings(write(LOCAL + none)).libvirt.rbd
     assert found is not None

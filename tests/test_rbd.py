@@ -3,10 +3,10 @@
 The same contract on a real one is in functional/test_rbd.py.
 """
 
+import dataclasses
 import errno
 import os
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,7 @@ UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
 KEY = "AQBbKXVmAAAAABAA0v6u0l0hbD9T0tX2Zw0m8w=="
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Site:
     """See `BackendSite`."""
 
@@ -41,7 +41,7 @@ class Site:
     home: Home
     bases: Path
     ceph: FakeCeph
-    secrets: list[tuple[str, str, bytes]] = field(default_factory=list)
+    secrets: list[tuple[str, str, bytes]] = dataclasses.field(default_factory=list)
 
     @property
     def images(self) -> dict[str, FakeImage]:
@@ -67,6 +67,7 @@ def make_site(
     busy_interval_s: float = 0.01,
     host: str = "host-1",
     clone_pools: Collection[str] = ("images",),
+    copy: Callable[[Image, Cancellation], Image | None] | None = None,
 ) -> Site:
     (directory / "_base").mkdir(exist_ok=True)
     ceph.keyring(directory / "keyring", "bootwright", KEY)
@@ -79,6 +80,7 @@ def make_site(
         share_key=lambda uuid, usage, key: secrets.append((uuid, usage, key)),
         scratch=directory,
         clone_pools=clone_pools,
+        copy=copy,
         busy_retries=3,
         busy_interval_s=busy_interval_s,
     )
@@ -255,7 +257,7 @@ def direct(site: Site, *locations: str, image_id: str = "theirs") -> Base | None
         digest=("sha512", "00"),
         locations=locations,
     )
-    return site.backend.direct(image)
+    return site.backend.direct(image, Cancellation())
 
 
 def test_image_in_ceph_is_cloned_and_grown_and_no_hash_is_told_for_it(site: Site) -> None:
@@ -321,6 +323,31 @@ def test_cluster_that_does_not_say_whether_there_is_a_snapshot_is_an_error(site:
     site.ceph.failures["open"] = [errno.EIO]
     with pytest.raises(BackendError, match="looking at images/theirs/snap: EIO"):
         direct(site, SNAPSHOT)
+
+
+def test_image_elsewhere_is_cloned_once_it_has_been_copied(site: Site, tmp_path: Path) -> None:
+    def copy(image: Image, _cancellation: Cancellation) -> Image:
+        kept_in_ceph(site)
+        return dataclasses.replace(image, locations=(SNAPSHOT,))
+
+    copying = make_site(site.ceph, tmp_path, copy=copy)
+    found = direct(copying)
+    assert found is not None
+    assert found.location == SNAPSHOT
+    # What is there already is not copied.
+    copying = make_site(site.ceph, tmp_path, copy=lambda *_: pytest.fail("asked for a copy"))
+    assert direct(copying, SNAPSHOT) == found
+
+
+@pytest.mark.parametrize("locations", [None, (), ("rbd://elsewhere/images/theirs/snap",)])
+def test_image_that_does_not_get_to_a_pool_to_clone_from_is_fetched(
+    site: Site, tmp_path: Path, locations: tuple[str, ...] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    def copy(image: Image, _cancellation: Cancellation) -> Image | None:
+        return None if locations is None else dataclasses.replace(image, locations=locations)
+
+    assert direct(make_site(site.ceph, tmp_path, copy=copy)) is None
+    assert ("images_rbd_glance_pools" in caplog.text) == (locations is not None)
 
 
 def test_busy_image_is_removed_when_it_is_closed(site: Site) -> None:

@@ -27,11 +27,12 @@ class Backend(Protocol):
     disk's name and is not the agent's is neither used nor removed.
     """
 
-    def direct(self, image: Image, /) -> Base | None:
+    def direct(self, image: Image, cancellation: Cancellation, /) -> Base | None:
         """Return a base that disks here can be made of without fetching the image, if there is one.
 
         Raises:
             BackendError: whether there is cannot be found out.
+            BootwrightError: the reason of the cancellation.
         """
         ...
 

@@ -32,7 +32,7 @@ class Flat:
         """`preallocate`: take the space of a whole disk when it is made."""
         self._preallocate = preallocate
 
-    def direct(self, _image: Image, /) -> Base | None:
+    def direct(self, _image: Image, _cancellation: Cancellation, /) -> Base | None:
         return None
 
     def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:

@@ -95,7 +95,7 @@ class Lvm:
         self._tidied: set[str] = set()
         self._base_locks: dict[str, threading.Lock] = {}
 
-    def direct(self, _image: Image, /) -> Base | None:
+    def direct(self, _image: Image, _cancellation: Cancellation, /) -> Base | None:
         return None
 
     def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:

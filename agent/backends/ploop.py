@@ -59,7 +59,7 @@ class Ploop:
         self._qemu_img = qemu_img
         self._flat = Flat()
 
-    def direct(self, _image: Image, /) -> Base | None:
+    def direct(self, _image: Image, _cancellation: Cancellation, /) -> Base | None:
         return None
 
     def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:

@@ -34,7 +34,7 @@ class Qcow2:
         self._geometry = geometry
         self._flat = Flat(preallocate=preallocate)
 
-    def direct(self, _image: Image, /) -> Base | None:
+    def direct(self, _image: Image, _cancellation: Cancellation, /) -> Base | None:
         return None
 
     def plan(self, home: Home, role: Role, name: str, base: Base | None, virtual_size: int) -> Disk:

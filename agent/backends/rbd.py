@@ -51,6 +51,7 @@ class Rbd:
         share_key: Callable[[str, str, bytes], None],
         scratch: Path,
         clone_pools: Collection[str],
+        copy: Callable[[Image, Cancellation], Image | None] | None = None,
         busy_retries: int,
         busy_interval_s: float,
     ) -> None:
@@ -61,7 +62,8 @@ class Rbd:
         `share_key(secret_uuid, usage, key)` makes sure that the hypervisor has the user's key.
 
         `scratch`: a directory for files that no name is given to. `clone_pools`:
-        those in which an image may be used as the cluster has it, its bytes unread.
+        those in which an image may be used as the cluster has it, its bytes unread. `copy`
+        has Glance copy an image that is elsewhere into one of these, and returns its new record.
         """
         self._cluster = cluster
         self._host = host
@@ -70,13 +72,27 @@ class Rbd:
         self._share_key = share_key
         self._scratch = scratch
         self._clone_pools = clone_pools
+        self._copy = copy
         self._busy_retries = busy_retries
         self._busy_interval_s = busy_interval_s
 
-    def direct(self, image: Image, /) -> Base | None:
-        if not self._clone_pools or image.disk_format != "raw" or not image.locations:
+    def direct(self, image: Image, cancellation: Cancellation, /) -> Base | None:
+        if not self._clone_pools or image.disk_format != "raw":
             return None
-        return self._cluster.call(lambda ceph: self._direct(ceph, image))
+        found = self._cluster.call(lambda ceph: self._direct(ceph, image))
+        if found is not None or self._copy is None:
+            return found
+        copied = self._copy(image, cancellation)
+        if copied is None:
+            return None
+        found = self._cluster.call(lambda ceph: self._direct(ceph, copied))
+        if found is None:
+            LOG.warning(
+                "image %s is fetched, though Glance has copied it: it shows no location in a pool "
+                "of images_rbd_glance_pools",
+                image.id,
+            )
+        return found
 
     def _direct(self, ceph: Connection, image: Image) -> Base | None:
         for location in image.locations:

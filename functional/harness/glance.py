@@ -53,6 +53,7 @@ class Glance:
         keystone: a running one, to check tokens with; None for no authentication.
         show_locations: whether metadata tells where image data is (`direct_url`, `locations`).
         ceph: where it keeps images, in the pool `images`; None for files.
+        ceph_is_second: it keeps them in files, and copies them to a store `ceph` if asked to.
 
     Attributes:
         url: without `/v2` and without a slash at the end.
@@ -67,9 +68,17 @@ class Glance:
         keystone: Keystone | None = None,
         show_locations: bool = False,
         ceph: Ceph | None = None,
+        ceph_is_second: bool = False,
     ) -> None:
         copy_prepared(venv, "glance", _create, root)
-        _write_config(venv, root, keystone, show_locations=show_locations, ceph=ceph)
+        _write_config(
+            venv,
+            root,
+            keystone,
+            show_locations=show_locations,
+            ceph=ceph,
+            ceph_is_second=ceph_is_second,
+        )
         self._server = WsgiServer(
             venv=venv,
             application="glance.wsgi.api:application",
@@ -229,24 +238,29 @@ def _write_config(
     *,
     show_locations: bool,
     ceph: Ceph | None = None,
+    ceph_is_second: bool = False,
 ) -> Path:
     path = root / "glance-api.conf"
-    kind, store = "file", f"filesystem_store_datadir = {root}/images"
+    stores = {}
+    if ceph is None or ceph_is_second:
+        stores["local"] = "file", f"filesystem_store_datadir = {root}/images\n"
     if ceph is not None:
-        kind = "rbd"
-        store = f"""\
+        rbd = f"""\
 rbd_store_pool = images
 rbd_store_user = {CEPH_USER}
-rbd_store_ceph_conf = {ceph.conf}"""
+rbd_store_ceph_conf = {ceph.conf}
+"""
+        stores["ceph"] = "rbd", rbd
+    backends = ", ".join(f"{name}:{kind}" for name, (kind, _) in stores.items())
+    sections = "".join(f"[{name}]\n{options}" for name, (_, options) in stores.items())
     text = f"""\
 [DEFAULT]
-enabled_backends = local:{kind}
+enabled_backends = {backends}
 show_image_direct_url = {show_locations}
 show_multiple_locations = {show_locations}
 [glance_store]
-default_backend = local
-[local]
-{store}
+default_backend = {next(iter(stores))}
+{sections}\
 [os_glance_staging_store]
 filesystem_store_datadir = {root}/staging
 [os_glance_tasks_store]
