@@ -67,6 +67,18 @@ def reporting_no_space(path: Path, needed: int, what: str) -> Iterator[None]:
         raise no_space(path, needed, free_bytes(path.parent), what) from e
 
 
+@contextlib.contextmanager
+def reporting(what: str, path: Path, *, needed: int = BLOCK) -> Iterator[None]:
+    """Turn what the file system says about `path` inside the block into an error for the job."""
+    try:
+        with reporting_no_space(path, needed, what):
+            yield
+    except OSError as e:
+        raise BackendError(
+            f"{what} {path}: {e.strerror}", "look at the file system and the kernel's log"
+        ) from e
+
+
 def supports_direct(directory: Path) -> bool:
     """Return whether O_DIRECT writes work there, which they do not on tmpfs and some others."""
     # Opening is not enough to know: some file systems take the flag and refuse the write.

@@ -9,7 +9,6 @@ looked for in them.
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,18 +18,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from agent.cancellation import Cancellation
 from agent.disk import Disk
-from agent.errors import BackendError, BootwrightError, InstanceExists, NotFound
+from agent.errors import BootwrightError, InstanceExists, NotFound
 from agent.files import (
     UNFINISHED,
     fsync_directory,
     remove_tree,
-    reporting_no_space,
+    reporting,
     write_durably,
 )
 from agent.job import ImagesType
 from agent.origin import Origin
 from agent.report import Role
-from agent.write_path import BLOCK
 
 LOG = logging.getLogger(__name__)
 
@@ -218,7 +216,7 @@ class Instances:
 
     def _require_no_files(self, uuid: str) -> None:
         directory = self.directory_of(uuid)
-        with _reporting("looking into", directory):
+        with reporting("looking into", directory):
             if directory.is_dir() and set(directory.iterdir()) - set(directory.glob(UNFINISHED)):
                 raise InstanceExists(
                     f"{directory} has files of an instance, and no {RECORD_NAME} that this agent "
@@ -242,11 +240,12 @@ class Instances:
         """
         directory = self.directory_of(record.uuid)
         try:
-            with _reporting("writing", directory / RECORD_NAME):
+            with reporting("making", directory):
                 if not directory.is_dir():
                     # Others may pass through, as the hypervisor's user must, but not list.
                     directory.mkdir(mode=0o711)
                     directory.chmod(0o711)
+            with reporting("writing", directory / RECORD_NAME):
                 write_durably(
                     directory / RECORD_NAME, _RECORD.dump_json(record, indent=2), settle=False
                 )
@@ -266,7 +265,7 @@ class Instances:
             InsufficientFreeSpace, BackendError: it cannot be.
         """
         directory = self.directory_of(uuid)
-        with _reporting("writing", directory):
+        with reporting("writing", directory):
             fsync_directory(directory)
             fsync_directory(self._directory)
 
@@ -297,7 +296,7 @@ class Instances:
             InsufficientFreeSpace, BackendError: it cannot be made.
         """
         path = self.console_of(uuid)
-        with _reporting("making", path):
+        with reporting("making", path):
             path.touch(mode=0o640)
 
     def get(self, uuid: str) -> InstanceRecord | None:
@@ -332,7 +331,7 @@ class Instances:
             BackendError: something of it cannot be removed.
         """
         directory = self.directory_of(uuid)
-        with self._removal, _reporting("removing", directory):
+        with self._removal, reporting("removing", directory):
             if directory.is_dir():
                 for entry in directory.iterdir():
                     if entry.name == RECORD_NAME:
@@ -380,18 +379,6 @@ class Instances:
             else:
                 swept.append(directory)
         return swept
-
-
-@contextlib.contextmanager
-def _reporting(what: str, path: Path) -> Iterator[None]:
-    """Turn what the file system says about `path` into an error for the job."""
-    try:
-        with reporting_no_space(path, BLOCK, what):
-            yield
-    except OSError as e:
-        raise BackendError(
-            f"{what} {path}: {e.strerror}", "look at the file system and the kernel's log"
-        ) from e
 
 
 def _no_instance(name_or_uuid: str) -> NotFound:

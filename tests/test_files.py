@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agent import files
 from agent.cancellation import Cancellation
-from agent.errors import BackendError, Cancelled, InsufficientFreeSpace
+from agent.errors import BackendError, BootwrightError, Cancelled, InsufficientFreeSpace
 from tests.small_file_system import mounted_file_system
 
 MIB = 1 << 20
@@ -72,6 +72,26 @@ def test_the_errors_of_a_full_disk_name_path_bytes_and_a_way_out(tmp_path: Path)
         assert "12345 bytes are needed" in caught.value.message
         assert "cache gc" in caught.value.hint
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.ENOSPC, InsufficientFreeSpace),
+        (errno.EDQUOT, InsufficientFreeSpace),
+        (errno.EIO, BackendError),
+    ],
+)
+def test_what_the_file_system_says_is_an_error_of_the_job(
+    tmp_path: Path, code: int, kind: type[BootwrightError]
+) -> None:
+    with (
+        pytest.raises(kind, match=f"growing {tmp_path / 'disk'}") as caught,
+        files.reporting("growing", tmp_path / "disk"),
+    ):
+        raise OSError(code, os.strerror(code))
+    assert type(caught.value) is kind
+    assert caught.value.hint
 
 
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:

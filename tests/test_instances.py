@@ -2,6 +2,7 @@
 
 import json
 import resource
+import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 import pytest
 
 from agent.disk import Disk, Link
-from agent.errors import BackendError, InstanceExists, NotFound
+from agent.errors import BackendError, InstanceExists, InsufficientFreeSpace, NotFound
 from agent.instances import InstanceRecord, Instances, Rebuild
 from agent.job import ImagesType
 from agent.origin import Origin
 from agent.report import Role
+from tests.small_file_system import mounted_file_system
+
+full_file_system = mounted_file_system("tmpfs")
 
 UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
 OTHER = "11111111-2222-4333-8444-555555555555"
@@ -298,6 +302,15 @@ def test_record_that_could_not_be_written_leaves_no_directory(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     assert list(tmp_path.iterdir()) == []
+    assert instances.get(UUID) is None
+
+
+def test_full_disk_is_said_to_be_full(full_file_system: Path) -> None:
+    instances = Instances(full_file_system)
+    # For the directory alone.
+    subprocess.run(["mount", "-o", "remount,nr_inodes=1", full_file_system], check=True)
+    with pytest.raises(InsufficientFreeSpace, match=UUID):
+        instances.write(record(full_file_system))
     assert instances.get(UUID) is None
 
 

@@ -15,7 +15,6 @@ from agent.backends import Write, disk_file
 from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.disk import Disk, Home, RbdAccess
-from agent.errors import BackendError
 from agent.image import Image
 from agent.job import ImagesType
 from agent.report import Role
@@ -50,7 +49,7 @@ class Flat:
 
     def prepare(self, disk: Disk, base: Base, cancellation: Cancellation) -> None:
         cancellation.check()
-        try:
+        with files.reporting(f"copying base {base.name} to", disk.path):
             if not disk_file.exists(disk):
                 files.copy_sparse(base.path, disk.path, cancellation=cancellation)
             # Also for one that exists: a crash may have come between the two.
@@ -58,12 +57,10 @@ class Flat:
                 _lengthen(disk.path, disk.virtual_size)
             if self._preallocate:
                 disk_file.preallocate(disk)
-        except OSError as e:
-            raise BackendError(f"copying base {base.name} to {disk.path}: {e.strerror}") from e
 
     def generate(self, disk: Disk, write: Write, cancellation: Cancellation) -> None:
         cancellation.check()
-        try:
+        with files.reporting("creating", disk.path):
             if not disk_file.exists(disk):
                 with files.replacing(
                     disk.path,
@@ -75,18 +72,14 @@ class Flat:
                     write(fd)
             if self._preallocate:
                 disk_file.preallocate(disk)
-        except OSError as e:
-            raise BackendError(f"creating {disk.path}: {e.strerror}") from e
 
     def grow(self, disk: Disk, virtual_size: int) -> Disk:
         disk_file.check_grows(disk, virtual_size)
-        try:
+        with files.reporting("growing", disk.path):
             # The file itself has the last word: ftruncate would cut it.
             found = dataclasses.replace(disk, virtual_size=disk.path.lstat().st_size)
             disk_file.check_grows(found, virtual_size)
             _lengthen(disk.path, virtual_size)
-        except OSError as e:
-            raise BackendError(f"growing {disk.path} to {virtual_size} bytes: {e.strerror}") from e
         return dataclasses.replace(disk, virtual_size=virtual_size)
 
     def remove(self, disk: Disk, home: Home, _cancellation: Cancellation, /) -> None:
