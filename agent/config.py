@@ -152,6 +152,7 @@ class Configuration:
             image_cache=ImageCacheSettings(
                 directory=Path(conf.instances_path, conf.image_cache.subdirectory_name),
                 require_hash=conf.image_cache.require_hash,
+                verify_before_use=conf.image_cache.verify_before_use,
                 max_concurrent_fetches=conf.image_cache.max_concurrent_fetches,
                 reserved_free_space=conf.image_cache.reserved_free_space << 20,
                 max_size=(conf.image_cache.max_size << 30) or None,

@@ -77,6 +77,7 @@ class ImageCache:
         converter: Converter,
         policy: RetryPolicy,
         require_hash: bool,
+        verify_before_use: bool,
         vmdk_types: Sequence[str],
         max_concurrent_fetches: int,
         max_connections_per_image: int,
@@ -90,6 +91,7 @@ class ImageCache:
         self._converter = converter
         self._policy = policy
         self._require_hash = require_hash
+        self._verify_before_use = verify_before_use
         self._vmdk_types = vmdk_types
         self._max_connections_per_image = max_connections_per_image
         self._slots = threading.BoundedSemaphore(max_concurrent_fetches)
@@ -201,8 +203,12 @@ class ImageCache:
         """Give up every base that `pin` holds."""
         self._usage.unpin(pin)
 
-    def _lookup(self, image: Image, demand: Demand | None) -> Base | None:
+    def _lookup(
+        self, image: Image, demand: Demand | None, *, verified: bool = False
+    ) -> Base | None:
         """Return the base if it is there, the file that was verified, and all that is demanded.
+
+        `verified`: its bytes have just been looked at, as far as that is wanted.
 
         Raises:
             ImageUnacceptable: a signature is demanded, and the image has none.
@@ -211,7 +217,7 @@ class ImageCache:
         # Before the look: who may not have an image need not know that it is here.
         claim = None if demand is None else claimed(image)
         entry = self._store.find(base_name(image.id))
-        if entry is None or not entry.recognised:
+        if entry is None or not entry.recognised or (self._verify_before_use and not verified):
             return None
         if image.digest is not None and entry.manifest.digest != ":".join(image.digest):
             raise ImageCorrupt(
@@ -276,18 +282,22 @@ class ImageCache:
             self._slots.release()
 
     def _recognised(self, flight: Flight) -> Base | None:
-        """Return a base that has another identity than it had, if its bytes are right."""
+        """Return a base that has to be verified first, if its bytes are right.
+
+        One that has another identity than it had; or any, where that is wanted.
+        """
         image = flight.image
         entry = self._store.find(base_name(image.id))
-        if entry is None or entry.recognised:
+        if entry is None or (entry.recognised and not self._verify_before_use):
             return None
-        LOG.warning(
-            "the base %s of image %s is not the file it was; verifying it before it is used",
-            entry.path,
-            image.id,
-        )
+        if not entry.recognised:
+            LOG.warning(
+                "the base %s of image %s is not the file it was; verifying it before it is used",
+                entry.path,
+                image.id,
+            )
         self._verifier.verify_locked(image.id, flight.cancellation)
-        return self._lookup(image, flight.demand)
+        return self._lookup(image, flight.demand, verified=True)
 
     def _obtained(self, flight: Flight) -> Base:
         image, demand = flight.image, flight.demand
@@ -312,14 +322,14 @@ class ImageCache:
             return None
         # With the record as it is now: the old one may not have been signed.
         self._store.update(entry.name, replace(entry.manifest, image=image, proof=proof))
-        return self._lookup(image, flight.demand)
+        return self._lookup(image, flight.demand, verified=True)
 
     def _made(self, flight: Flight, check: Check | None) -> Base:
         image = flight.image
         name = base_name(image.id)
         partial = self._store.partial_of(image)
         if self._store.complete(name, partial):
-            base = self._lookup(image, flight.demand) or self._proven(flight, check)
+            base = self._lookup(image, flight.demand, verified=True) or self._proven(flight, check)
             if base is not None:
                 _discard(partial)
                 return base
@@ -337,7 +347,7 @@ class ImageCache:
         image = flight.image
         name = base_name(image.id)
         other = twin.find(self._store.entries(), image)
-        if other is None:
+        if other is None or self._verify_before_use:
             return None
         pin = f"twin of {name}"
         self._usage.pin(other.name, pin)

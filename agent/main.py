@@ -182,6 +182,7 @@ class _Parts:
             converter=qemu_img,
             policy=_policy(settings),
             require_hash=cache.require_hash,
+            verify_before_use=cache.verify_before_use,
             vmdk_types=settings.images.vmdk_types,
             max_concurrent_fetches=cache.max_concurrent_fetches,
             max_connections_per_image=(

@@ -107,6 +107,13 @@ _IMAGE_CACHE: Final[list[cfg.Opt]] = [
         help="Refuse images for which the image source has no hash. If false, only their length "
         "is checked.",
     ),
+    cfg.BoolOpt(
+        "verify_before_use",
+        default=False,
+        help="Read every base and check its hash before each new instance on it, and fetch a "
+        "damaged one anew: a second and more per GiB. If false, that is left to the scrub (see "
+        "scrub_interval), but for a base that is not the file it was.",
+    ),
     cfg.IntOpt(
         "max_concurrent_fetches",
         default=4,

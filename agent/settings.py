@@ -136,6 +136,7 @@ class ImagesSettings:
 class ImageCacheSettings:
     directory: Path
     require_hash: bool
+    verify_before_use: bool
     max_concurrent_fetches: int
     reserved_free_space: int
     """Left to others."""

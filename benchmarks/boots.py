@@ -132,6 +132,7 @@ def host(directory: Path, images_type: ImagesType) -> Host:
             converter=qemu_img,
             policy=RetryPolicy(),
             require_hash=True,
+            verify_before_use=False,
             vmdk_types=(),
             max_concurrent_fetches=1,
             max_connections_per_image=1,

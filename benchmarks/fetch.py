@@ -46,6 +46,7 @@ def main(url: str, image_id: str, directory: Path, max_connections: int = 4) -> 
         converter=QemuImg(),
         policy=RetryPolicy(),
         require_hash=True,
+        verify_before_use=False,
         vmdk_types=(),
         max_concurrent_fetches=1,
         max_connections_per_image=max_connections,

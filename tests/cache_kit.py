@@ -114,6 +114,7 @@ class CacheKit:
     reserved_free_space: int = 0
     signatures: Signatures = field(default_factory=lambda: signatures(Certificates()))
     require_hash: bool = True
+    verify_before_use: bool = False
     bases: Path | None = None
     """Where `_base` is, if hosts share it."""
     make_store: Callable[[Path], Store] = Store
@@ -148,6 +149,7 @@ class CacheKit:
             converter=QemuImg(),
             policy=RetryPolicy(num_retries=1, initial_s=0.01, max_s=0.01),
             require_hash=self.require_hash,
+            verify_before_use=self.verify_before_use,
             vmdk_types=VMDK_TYPES,
             max_concurrent_fetches=4,
             max_connections_per_image=1,

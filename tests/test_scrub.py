@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -128,6 +129,29 @@ def test_a_base_that_was_replaced_is_verified_before_it_is_used(
     again = kit.fetch(image)
     assert again.origin == "memory"
     assert again.path.read_bytes() == source.data[image.id]
+
+
+def test_a_flipped_bit_is_found_before_the_base_is_used_where_that_is_wanted(
+    tmp_path: Path, source: Source
+) -> None:
+    kit = CacheKit(directory=tmp_path / "paranoid", source=source, verify_before_use=True)
+    image = source.add(random_bytes(2))
+    base = kit.fetch(image)
+    assert (kit.fetch(image).origin, len(source.opened)) == ("cache", 1)
+
+    flip_a_bit(base.path)
+
+    # However many ask at once, it is looked at, and fetched, once.
+    with ThreadPoolExecutor(4) as pool:
+        bases = list(pool.map(lambda _: kit.fetch(image), range(4)))
+    assert [each.path.read_bytes() == source.data[image.id] for each in bases] == [True] * 4
+    assert len(source.opened) == 2
+    # Offline too, as long as it is sound.
+    source.available = False
+    assert kit.fetch(image).origin == "cache"
+    flip_a_bit(base.path)
+    with pytest.raises(ImageSourceUnavailable):
+        kit.fetch(image)
 
 
 def test_bytes_nobody_has_hashed_are_hashed_and_remembered(kit: CacheKit, source: Source) -> None:
