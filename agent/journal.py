@@ -87,6 +87,7 @@ class Journal:
         self._lock = threading.RLock()
         # What the connection does now; None as long as it has not been told.
         self._durable: bool | None = None
+        self._leapt = False
         self.changed = threading.Condition(self._lock)
         try:
             # It holds user data, whatever the umask is.
@@ -97,7 +98,6 @@ class Journal:
             )
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
             self._migrate(path)
         except (sqlite3.Error, OSError) as e:
             raise JournalUnusable(
@@ -119,9 +119,6 @@ class Journal:
             self._connection.executescript(
                 f"BEGIN IMMEDIATE;{''.join(steps)}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;"
             )
-        self._connection.execute(
-            "UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'event'", (_LEAP,)
-        )
 
     def close(self) -> None:
         with self._lock:
@@ -138,14 +135,18 @@ class Journal:
             try:
                 # In WAL mode it is only the sync at the end that NORMAL leaves out: the
                 # next durable transaction makes it up, since all go to one file in turn.
-                if durable is not self._durable:
-                    level = "FULL" if durable else "NORMAL"
+                # The first one brings the leap, which has to last like what follows it.
+                wanted = durable or not self._leapt
+                if wanted is not self._durable:
+                    level = "FULL" if wanted else "NORMAL"
                     self._connection.execute(f"PRAGMA synchronous = {level}")
-                    self._durable = durable
+                    self._durable = wanted
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
+                    self._leap()
                     yield self._connection
                     self._connection.execute("COMMIT")
+                    self._leapt = True
                 except BaseException:
                     # SQLite itself may have rolled back, when the disk was full.
                     if self._connection.in_transaction:
@@ -154,6 +155,12 @@ class Journal:
             except sqlite3.Error as e:
                 raise self._unwritable(e) from e
             self.changed.notify_all()
+
+    def _leap(self) -> None:
+        if not self._leapt:
+            self._connection.execute(
+                "UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'event'", (_LEAP,)
+            )
 
     def _unwritable(self, error: sqlite3.Error) -> BootwrightError:
         if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:

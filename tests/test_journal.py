@@ -150,6 +150,24 @@ def test_number_of_an_event_that_a_power_cut_took_back_does_not_come_again(tmp_p
         journal.close()
 
 
+def test_first_event_after_a_start_is_synced_with_the_leap_before_it(tmp_path: Path) -> None:
+    def synchronous(journal: Journal) -> int:
+        (level,) = journal._connection.execute("PRAGMA synchronous").fetchone()
+        return int(level)
+
+    journal = Journal(tmp_path / "journal.db")
+    accepted = accept(journal, "job-1")
+    journal.close()
+    again = Journal(tmp_path / "journal.db")
+    levels = []
+    for phase in ("image resolving", "image downloading"):
+        again.record(accepted, phase, durable=False)
+        levels.append(synchronous(again))
+    # FULL and NORMAL (https://sqlite.org/pragma.html#pragma_synchronous).
+    assert levels == [2, 1]
+    again.close()
+
+
 def test_old_jobs_are_forgotten_with_their_events_and_unfinished_ones_never(
     tmp_path: Path,
 ) -> None:
