@@ -416,6 +416,9 @@ class ImageCache:
             created_at=now,
         )
         self._store.commit(base_name(image.id), ingested.path, manifest, partial)
+        if self._verify_before_use and ingested.content_digest is None:
+            # Else there were nothing to hold its bytes against before its next use.
+            self._verifier.verify_locked(image.id, flight.cancellation)
         LOG.info(
             "image %s is in the cache: %d bytes received, %d kept from before, %s, raw size %d",
             image.id,

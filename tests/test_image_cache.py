@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +171,24 @@ def test_many_callers_of_one_cold_image_make_one_fetch(kit: CacheKit, source: So
     assert len(source.opened) == 1
     assert {base.path for base in bases} == {kit.store.directory / NAME}
     assert sorted(base.received for base in bases) == [0] * 9 + [4 * MIB]
+
+
+def test_no_more_images_are_fetched_at_a_time_than_configured(
+    kit: CacheKit, source: Source
+) -> None:
+    images = [source.add(random_bytes(1), image_id=f"image-{number}") for number in range(7)]
+    source.gate.clear()
+    with ThreadPoolExecutor(len(images)) as pool:
+        fetches = [pool.submit(acquire, kit, image) for image in images]
+        deadline = time.monotonic() + 20
+        while len(source.opened) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        # A fifth would not take long.
+        time.sleep(0.3)
+        assert len(source.opened) == 4
+        source.gate.set()
+        assert all(fetch.result().origin == "memory" for fetch in fetches)
+    assert len(source.opened) == 7
 
 
 def test_a_waiter_that_is_cancelled_leaves_and_the_others_stay(

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import shutil
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -131,11 +132,17 @@ def test_a_base_that_was_replaced_is_verified_before_it_is_used(
     assert again.path.read_bytes() == source.data[image.id]
 
 
+@pytest.mark.parametrize("disk_format", ["raw", "qcow2"])
 def test_a_flipped_bit_is_found_before_the_base_is_used_where_that_is_wanted(
-    tmp_path: Path, source: Source
+    tmp_path: Path, source: Source, disk_format: str
 ) -> None:
     kit = CacheKit(directory=tmp_path / "paranoid", source=source, verify_before_use=True)
-    image = source.add(random_bytes(2))
+    disk, path = random_bytes(2), tmp_path / "image"
+    (tmp_path / "raw").write_bytes(disk)
+    subprocess.run(
+        ["qemu-img", "convert", "-f", "raw", "-O", disk_format, tmp_path / "raw", path], check=True
+    )
+    image = source.add(path.read_bytes(), disk_format=disk_format)
     base = kit.fetch(image)
     assert (kit.fetch(image).origin, len(source.opened)) == ("cache", 1)
 
@@ -144,7 +151,7 @@ def test_a_flipped_bit_is_found_before_the_base_is_used_where_that_is_wanted(
     # However many ask at once, it is looked at, and fetched, once.
     with ThreadPoolExecutor(4) as pool:
         bases = list(pool.map(lambda _: kit.fetch(image), range(4)))
-    assert [each.path.read_bytes() == source.data[image.id] for each in bases] == [True] * 4
+    assert [each.path.read_bytes() == disk for each in bases] == [True] * 4
     assert len(source.opened) == 2
     # Offline too, as long as it is sound.
     source.available = False
