@@ -118,6 +118,11 @@ class Pool:
                 return True
             if isinstance(e.__cause__, self._rbd.ImageBusy):
                 return False
+            if isinstance(e.__cause__, self._rbd.ImageHasSnapshots):
+                raise BackendError(
+                    f"removing {self.name}/{name}: somebody has made snapshots of it",
+                    f"'rbd snap ls {self.name}/{name}' shows them, 'rbd snap purge' removes them",
+                ) from e
             raise
         return True
 

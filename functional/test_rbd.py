@@ -44,7 +44,8 @@ POOL = "vms"
 @pytest.fixture(scope="module")
 def ceph(work: Path) -> Iterator[Ceph]:
     with Ceph(work / "ceph") as ceph:
-        ceph.make_user(USER, group=USER)
+        # As docs/operations.md has it.
+        ceph.make_user(USER, writes=[POOL], reads=["images"], group=USER)
         yield ceph
 
 
@@ -138,6 +139,16 @@ def test_disk_of_another_host_is_neither_used_nor_removed(site: RbdSite, ceph: C
     # What the error says helps.
     ceph.rbd("image-meta", "set", f"{POOL}/{disk.path.name}", "bootwright.host", "host-1")
     site.backend.prepare(disk, content, Cancellation())
+    site.backend.remove(disk, site.home, Cancellation())
+    assert site.found() == set()
+
+
+def test_disk_with_snapshots_is_left_with_them(site: RbdSite, ceph: Ceph) -> None:
+    disk = prepared(site, base(site))
+    ceph.rbd("snap", "create", f"{disk.path}@monday")
+    with pytest.raises(BackendError, match=rf"made snapshots of it .*rbd snap ls {disk.path}"):
+        site.backend.remove(disk, site.home, Cancellation())
+    ceph.rbd("snap", "purge", disk.path)
     site.backend.remove(disk, site.home, Cancellation())
     assert site.found() == set()
 

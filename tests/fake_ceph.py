@@ -45,10 +45,15 @@ class ImageExists(RbdError):
     """As in rbd."""
 
 
+class ImageHasSnapshots(RbdError):
+    """As in rbd."""
+
+
 _RBD_ERRORS = {
     errno.ENOENT: ImageNotFound,
     errno.EBUSY: ImageBusy,
     errno.EEXIST: ImageExists,
+    errno.ENOTEMPTY: ImageHasSnapshots,
 }
 
 
@@ -102,6 +107,7 @@ class FakeCeph:
                 ImageNotFound=ImageNotFound,
                 ImageBusy=ImageBusy,
                 ImageExists=ImageExists,
+                ImageHasSnapshots=ImageHasSnapshots,
                 RBD=_Rbd,
                 Image=_Opened,
             ),
@@ -216,6 +222,8 @@ class _Rbd:
     def remove(self, context: _Context, name: str) -> None:
         image = context.get(name)
         context.call("remove")
+        if image.snapshots:
+            raise rbd_error(errno.ENOTEMPTY)
         if image.open:
             raise rbd_error(errno.EBUSY)
         del context.images[name]

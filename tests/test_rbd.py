@@ -367,6 +367,14 @@ def test_image_that_stays_busy_is_told(site: Site) -> None:
     assert site.found() == {disk.path.name}
 
 
+def test_disk_with_snapshots_is_told_with_what_to_do(site: Site) -> None:
+    disk = generated(site, b"y")
+    site.images[disk.path.name].snapshots["monday"] = False
+    with pytest.raises(BackendError, match=rf"made snapshots of it .*rbd snap ls {disk.path}"):
+        site.backend.remove(disk, site.home, Cancellation())
+    assert site.found() == {disk.path.name}
+
+
 def test_wait_for_a_busy_image_ends_with_the_job(site: Site) -> None:
     disk = generated(site, b"y")
     cancellation = Cancellation()

@@ -1,7 +1,7 @@
 """A real Ceph cluster on loopback: one monitor, one OSD that keeps all in memory, cephx.
 
     with Ceph(tmp_path / "ceph") as ceph:
-        ceph.conf, ceph.pools, ceph.user
+        ceph.conf, ceph.make_user(…)
 
 No kernel support and no manager: images in pools are all it is for. The ports are the kernel's
 choice. Everything lies below its directory; its two daemons are our children and end with us.
@@ -22,7 +22,8 @@ from typing import Any, Final, Self
 
 from agent import ceph_bindings
 
-USER: Final = "bootwright"
+GLANCE: Final = "glance"
+"""The user of a Glance that keeps its images here, in the pool `images`."""
 _START_LIMIT_S: Final = 60.0
 
 _CONF: Final = """\
@@ -121,7 +122,7 @@ class Ceph:
         for pool in self._pools:
             self.command("osd pool create", pool=pool, pg_num=8, pgp_num=8, size=1)
             self.command("osd pool application enable", pool=pool, app="rbd")
-        self.make_user(USER)
+        self.make_user(GLANCE, writes=("images",))
         deadline = time.monotonic() + _START_LIMIT_S
         while not self.command("osd stat")["num_up_osds"]:
             if time.monotonic() > deadline:
@@ -183,10 +184,20 @@ class Ceph:
         finally:
             osd.send_signal(signal.SIGCONT)
 
-    def make_user(self, name: str, *, group: str | None = None) -> Path:
-        """Make a user of all pools; return its keyring, which `group` may read."""
-        osd = ", ".join(f"profile rbd pool={pool}" for pool in self._pools)
-        caps = ["mon", "profile rbd", "osd", osd]
+    def make_user(
+        self,
+        name: str,
+        *,
+        writes: Sequence[str],
+        reads: Sequence[str] = (),
+        group: str | None = None,
+    ) -> Path:
+        """Make a user with these pools; return its keyring, which `group` may read."""
+        profiles = [
+            *(f"profile rbd pool={pool}" for pool in writes),
+            *(f"profile rbd-read-only pool={pool}" for pool in reads),
+        ]
+        caps = ["mon", "profile rbd", "osd", ", ".join(profiles)]
         [answer] = self.command("auth get-or-create", entity=f"client.{name}", caps=caps)
         path = self.root / f"client.{name}.keyring"
         _write_keyring(path, f"client.{name}", answer["key"])

@@ -20,8 +20,7 @@ import glanceclient
 from keystoneauth1.noauth import NoAuth
 from keystoneauth1.session import Session
 
-from functional.harness.ceph import USER as CEPH_USER
-from functional.harness.ceph import Ceph
+from functional.harness.ceph import GLANCE, Ceph
 from functional.harness.keystone import Keystone
 from functional.harness.openstack_venv import copy_prepared, install
 from functional.harness.wsgi_server import AccessLog, Answered, WsgiServer
@@ -247,7 +246,7 @@ def _write_config(
     if ceph is not None:
         rbd = f"""\
 rbd_store_pool = images
-rbd_store_user = {CEPH_USER}
+rbd_store_user = {GLANCE}
 rbd_store_ceph_conf = {ceph.conf}
 """
         stores["ceph"] = "rbd", rbd
