@@ -21,6 +21,8 @@ from typing import Final
 
 from systemd import journal
 
+from agent.errors import printable
+
 _context: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
     "log fields", default=types.MappingProxyType({})
 )
@@ -121,7 +123,7 @@ class ConsoleFormatter(logging.Formatter):
             line = f"{line}\n{self.formatException(record.exc_info)}"
         if record.stack_info:
             line = f"{line}\n{record.stack_info}"
-        return redact(line)
+        return printable(redact(line))
 
 
 class JournalHandler(logging.Handler):

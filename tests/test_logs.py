@@ -76,6 +76,13 @@ def test_journal_entry_has_each_field_of_its_own(
     assert fields["SYSLOG_IDENTIFIER"] == "bootwright"
 
 
+def test_what_strangers_write_does_nothing_to_a_terminal(
+    log: logging.Logger, console: io.StringIO
+) -> None:
+    log.warning("image %s", "a\x1b[2J\x9b\u202eb", extra={"fields": {"NAME": "\x07c"}})
+    assert console.getvalue().endswith(r"image a\x1b[2J\x9b\u202eb NAME=\x07c" + "\n")
+
+
 def test_tracebacks_are_kept(log: logging.Logger, console: io.StringIO) -> None:
     try:
         raise ValueError("deep down")
