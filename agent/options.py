@@ -186,9 +186,9 @@ _IMAGE_CACHE: Final[list[cfg.Opt]] = [
     cfg.StrOpt(
         "host_id",
         regex=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        help="Name of this host among hosts that share the image cache: letters, digits, '.', "
-        "'_', '-', and always the same. If not set the content of /etc/machine-id, which a cloned "
-        "host must not share; without that file, the host name.",
+        help="Name of this host among hosts that share the image cache or a pool in Ceph: letters, "
+        "digits, '.', '_', '-', and always the same. If not set the content of /etc/machine-id, "
+        "which a cloned host must not share; without that file, the host name.",
     ),
 ]
 

@@ -248,7 +248,7 @@ def test_cluster_that_answers_nothing_is_waited_for_no_longer_than_the_limit(
 ) -> None:
     cluster = Cluster(ceph.conf, USER, connect_timeout_s=5, call_limit_s=2)
     before = cluster.connection()
-    with ceph.hanging(), pytest.raises(BackendError, match=f"listing pool {POOL}"):
+    with ceph.hanging(), pytest.raises(BackendError, match=POOL):
         cluster.call(_names)
     assert cluster.call(_names) == []
     assert cluster.connection() is not before

@@ -296,7 +296,7 @@ class Rbd:
 @contextlib.contextmanager
 def _reading(path: Path, what: str) -> Iterator[int]:
     with _translated(what, path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             yield fd
         finally:
