@@ -447,6 +447,22 @@ def test_a_base_that_was_replaced_is_verified_before_its_first_use(
         assert "is damaged" not in agent.log
 
 
+def test_a_bit_that_flips_in_place_is_found_before_a_base_is_used_where_that_is_wanted(
+    make_agent: MakeAgent, upload: Upload, glance: Glance
+) -> None:
+    agent = make_agent(options={"image_cache": {"scrub_interval": 0, "verify_before_use": True}})
+    sample = upload()
+    fetch(agent, sample)
+    flip_a_bit(agent.base(sample.id))
+
+    result = agent.boot(job("web-1", sample))
+
+    assert sample.is_at(agent.base(sample.id))
+    assert glance.downloads(sample.id) == 2
+    assert result["image"]["source"] == "glance"
+    assert quarantined(agent) == {agent.base(sample.id).name}
+
+
 def test_a_base_that_was_lost_is_put_back_under_its_disks(
     make_agent: MakeAgent, upload: Upload
 ) -> None:
