@@ -17,6 +17,7 @@ from agent.disk import Disk, Home
 from agent.errors import BackendError, InsufficientFreeSpace
 from agent.qemu_img import QemuImg
 from agent.report import Role
+from tests import service_user
 from tests.backend_contract import *  # noqa: F403 - the contract suite
 from tests.backend_contract import MIB, BackendSite, base, generated, planned, prepared
 
@@ -286,3 +287,23 @@ def test_disk_whose_space_is_not_there_is_not_preallocated(flat: FileSite) -> No
     site = dataclasses.replace(flat, backend=Flat(preallocate=True))
     with pytest.raises(InsufficientFreeSpace, match="preallocating"):
         generated(site, b"y", 1 << 43)
+
+
+@pytest.mark.parametrize("earlier", [True, False], ids=["preallocated", "sparse"])
+def test_next_run_leaves_alone_what_a_guest_has_been_given(earlier: bool) -> None:
+    """As libvirt's dynamic_ownership does it: the agent may not even open the disks any more."""
+    service_user.require_root()
+    program = service_user.CHECKOUT / "tests/preparing_as_service.py"
+    with service_user.directory() as directory:
+        done = service_user.run(program, directory, "space" if earlier else "none")
+        assert (done.returncode, done.stderr) == (0, "")
+        disks = [path for path in directory.rglob("disk*") if path.is_file()]
+        assert len(disks) == 4
+        for disk in disks:
+            os.chown(disk, 0, 0)
+        before = {disk: (disk.stat().st_blocks, disk.read_bytes()) for disk in disks}
+
+        done = service_user.run(program, directory, "space")
+
+        assert (done.returncode, done.stderr) == (0, "")
+        assert before == {disk: (disk.stat().st_blocks, disk.read_bytes()) for disk in disks}

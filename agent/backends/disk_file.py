@@ -86,14 +86,22 @@ def exists(disk: Disk) -> bool:
 def preallocate(disk: Disk) -> None:
     """Take the space that the disk may come to need, without a change to what it reads as.
 
-    Where the file system cannot, that is a warning: the disk is as good without.
+    Where the file system cannot, that is a warning: the disk is as good without. One that
+    is another user's by now is left alone.
 
     Raises:
         InsufficientFreeSpace: there is not so much; the disk is left as it was.
         BackendError
     """
     what = "preallocating"
-    missing = disk.virtual_size - disk.path.lstat().st_blocks * 512
+    status = disk.path.lstat()
+    missing = disk.virtual_size - status.st_blocks * 512
+    if missing <= 0:
+        return
+    if status.st_uid != os.geteuid():
+        # libvirt gives the disks of a domain to QEMU's user, or to root when it ends.
+        LOG.info("%s is not preallocated: a guest has been given it already", disk.path)
+        return
     # Asked for too much, the kernel takes all there is before it says so.
     if missing > (free := free_bytes(disk.path.parent)):
         raise no_space(disk.path, missing, free, what)
