@@ -11,6 +11,8 @@ again from the start and passes quickly over what is done:
     prepare      the disks; an existing one is kept
     define       the domain; the same again changes nothing
     start        unless it runs
+
+A run whose domain runs already records that, and does nothing else.
 """
 
 import logging
@@ -22,6 +24,7 @@ from agent import domain_xml
 from agent.acquisition import Acquisition
 from agent.base import GIB, Base, check_fits
 from agent.cancellation import Cancellation
+from agent.change import is_running
 from agent.devices import assign_devices, assign_macs
 from agent.disk import DiskType, Home
 from agent.domain_xml import DomainSpec
@@ -88,7 +91,7 @@ class Build:
             BootwrightError: it failed; with `on_failure: cleanup` all that the
                 job made is gone again. When the agent is stopping all of it
                 stays for the restart.
-            EndNotRecorded: it is done; all of it stays for the next run.
+            EndNotRecorded: it is done; all of it stays.
         """
         instances = self._host.instances
         self._recorder.note(instance=InstanceReport(uuid=self._uuid, name=self._name))
@@ -108,6 +111,8 @@ class Build:
             instances.release(self._job_id)
 
     def _run(self) -> None:
+        if self._has_run():
+            return
         # Not before `run`: what an earlier run made is to be undone then.
         self._cancellation.check()
         # Before a long fetch rather than after it.
@@ -132,6 +137,24 @@ class Build:
         self._host.instances.settle(self._uuid)
         xml = self._domain_xml(record, root, hardware, networks)
         self._spawn(xml)
+
+    def _has_run(self) -> bool:
+        """Whether an earlier run of this job has started its domain; if so, record the result.
+
+        What has changed since, an image that is gone or a deadline that has passed, must not
+        undo a guest that is at work. Somebody's wish to cancel it does.
+        """
+        known = self._known()
+        if known is None or known.job_id != self._job_id or self._cancellation.cancelled:
+            return False
+        if not (self._defines and self._request.libvirt.start):
+            return False
+        state = self._host.hypervisor.state(self._uuid)
+        if not is_running(state):
+            return False
+        self._recorder.note(disks=tuple(disk.report() for disk in known.disks))
+        self._started(state)
+        return True
 
     @property
     def _defines(self) -> bool:
@@ -292,12 +315,17 @@ class Build:
         self._cancellation.check()
         if self._request.libvirt.start:
             hypervisor.start(self._uuid)
-        state = hypervisor.state(self._uuid) or "unknown"
-        self._recorder.note(domain=DomainReport(uuid=self._uuid, state=state))
-        if self._request.libvirt.start:
-            self._recorder.finish(Status.ACTIVE, f"the domain is {state}")
+            self._started(hypervisor.state(self._uuid))
         else:
+            self._note_domain(hypervisor.state(self._uuid))
             self._recorder.finish(Status.DONE, "the domain is defined")
+
+    def _started(self, state: str | None) -> None:
+        self._note_domain(state)
+        self._recorder.finish(Status.ACTIVE, f"the domain is {state or 'unknown'}")
+
+    def _note_domain(self, state: str | None) -> None:
+        self._recorder.note(domain=DomainReport(uuid=self._uuid, state=state or "unknown"))
 
     def _undo(self) -> None:
         """Remove the instance if this job made it: domain, disks, record.

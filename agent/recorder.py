@@ -19,8 +19,8 @@ class EndNotRecorded(Exception):
     """The journal could not take down how a job ended.
 
     No failure of the job: what it made stays, for nobody knows whether the journal
-    will say after a crash that it ended well. It runs again. Hence no
-    `BootwrightError`, which would have it undone.
+    will say after a crash that it ended well. Hence no `BootwrightError`, which
+    would have it undone.
     """
 
     def __init__(self, reason: BootwrightError) -> None:
@@ -49,6 +49,7 @@ class Recorder:
         self._report = job.report
         self._phases = {phase.phase: phase for phase in job.report.timeline}
         self._began = clock()
+        self._last_message = ""
 
     @property
     def report(self) -> JobReport:
@@ -104,8 +105,13 @@ class Recorder:
                 phase=ended_in,
             ),
         )
+        self._last_message = message
+        self.record_end()
+
+    def record_end(self) -> None:
+        """Record the end that `finish` could not; raises as it does."""
         try:
-            self._write(message, durable=True)
+            self._write(self._last_message, durable=True)
         except BootwrightError as e:
             raise EndNotRecorded(e) from e
 

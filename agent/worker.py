@@ -168,18 +168,43 @@ class Worker:
             try:
                 self._run(job, running)
             except EndNotRecorded as e:
-                # For the journal it has not ended: it runs again, and finds most
-                # of itself done.
-                LOG.error("%s; the job runs again in %g s", e, self._again_s)
-                again = threading.Timer(self._again_s, self.enqueue, [job_id])
-                again.daemon = True
-                again.start()
-            finally:
-                with self._lock:
-                    del self._running[job_id]
-                    self._let_go()
-                with self._journal.changed:
-                    self._journal.changed.notify_all()
+                self._record_later(job_id, running.recorder, e)
+            else:
+                self._ended(job_id)
+
+    def _ended(self, job_id: str) -> None:
+        with self._lock:
+            del self._running[job_id]
+            self._let_go()
+        with self._journal.changed:
+            self._journal.changed.notify_all()
+
+    def _record_later(self, job_id: str, recorder: Recorder, reason: EndNotRecorded) -> None:
+        """Have the end of a job recorded when the journal can be written again.
+
+        Until then it counts as running. It does not run again, which might fail for whatever
+        has changed since, and undo what it has made.
+        """
+        LOG.error(
+            "the end of job %s is not recorded: %s; that is tried again in %g s",
+            job_id,
+            reason,
+            self._again_s,
+        )
+        again = threading.Timer(self._again_s, self._record_again, [job_id, recorder])
+        again.daemon = True
+        again.start()
+
+    def _record_again(self, job_id: str, recorder: Recorder) -> None:
+        if self._stopping:
+            return
+        try:
+            recorder.record_end()
+        except EndNotRecorded as e:
+            self._record_later(job_id, recorder, e)
+        else:
+            _log_end(recorder.report, time.time() - recorder.report.created_at)
+            self._ended(job_id)
 
     def _begin(self, job_id: str) -> tuple[Job, _Running] | None:
         with self._lock:

@@ -277,6 +277,33 @@ def test_run_after_a_crash_makes_the_same_domain_whatever_the_image_says_by_now(
     assert site.hypervisor.xml(site.uuid) == xml
 
 
+@pytest.mark.parametrize("changed", ["image gone", "deadline passed"])
+def test_run_after_a_crash_leaves_a_guest_alone_that_runs(site: Site, changed: str) -> None:
+    job = site.journal.get(site.run().id)
+    if changed == "image gone":
+        del site.kit.source.images[site.image.id]
+    late = Cancellation(1, elapsed_s=2) if changed == "deadline passed" else Cancellation()
+
+    again = Recorder(site.journal, job)
+    Build(site.host, job.request, again, late).run()
+
+    assert again.report.status is Status.ACTIVE
+    assert again.report.domain is not None
+    assert again.report.domain.state == "running"
+    assert [disk.path for disk in again.report.disks] == [str(site.directory / "disk")]
+    assert site.hypervisor.state(site.uuid) == "running"
+
+
+def test_cancel_that_came_before_a_crash_undoes_a_guest_that_runs(site: Site) -> None:
+    job = site.journal.get(site.run().id)
+    cancelled = Cancellation()
+    cancelled.cancel(Cancelled("on request"))
+    with pytest.raises(Cancelled):
+        Build(site.host, job.request, Recorder(site.journal, job), cancelled).run()
+    assert site.hypervisor.state(site.uuid) is None
+    assert not site.directory.exists()
+
+
 def test_disks_of_a_type_the_host_does_not_keep_are_refused_before_anything_is_fetched(
     site: Site,
 ) -> None:
