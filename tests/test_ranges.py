@@ -26,6 +26,21 @@ def hurried() -> float:
     return time.monotonic() * 10
 
 
+class Wire:
+    """What all connections share; time is what has gone over it, and nothing else."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds = 0.0
+
+    def carry(self, seconds: float) -> None:
+        with self._lock:
+            self._seconds += seconds
+
+    def clock(self) -> float:
+        return self._seconds * 10
+
+
 class Slow:
     """A source that sends so many MiB a second to each connection, or to all together."""
 
@@ -33,7 +48,7 @@ class Slow:
 
     def __init__(self, rate: float, *, shared: bool = False, ranges: bool = True) -> None:
         self.pause = PIECE / MIB / rate
-        self.wire = threading.Lock() if shared else None
+        self.wire = Wire() if shared else None
         self.ranges = ranges
         self.asked: list[tuple[int, int | None]] = []
         self.breaks: Callable[[int, int], bool] = lambda _begin, _position: False
@@ -69,8 +84,7 @@ class SlowBody:
     def __iter__(self) -> Iterator[bytes]:
         for position in range(self.offset, self._end, PIECE):
             if self._source.wire is not None:
-                with self._source.wire:
-                    time.sleep(self._source.pause)
+                self._source.wire.carry(self._source.pause)
             elif self._closed.wait(self._source.pause):
                 raise ImageSourceUnavailable("closed")
             if self._source.breaks(self.offset, position):
@@ -98,7 +112,7 @@ def transfer_of(
         RetryPolicy(num_retries=2, initial_s=0.01, max_s=0.01),
         cancellation or Cancellation(),
         max_connections=max_connections,
-        clock=hurried,
+        clock=hurried if source.wire is None else source.wire.clock,
     )
 
 
@@ -138,16 +152,16 @@ def test_it_goes_on_in_the_middle() -> None:
     ("rate", "max_connections"), [pytest.param(400, 4, id="fast"), pytest.param(40, 1, id="one")]
 )
 def test_one_request_where_more_would_not_pay(rate: float, max_connections: int) -> None:
-    source = Slow(rate)
+    source = Slow(rate, shared=True)
     assert_whole(transfer_of(source, max_connections=max_connections), source)
     assert source.asked == [(0, None)]
 
 
 def test_a_consumer_that_is_the_limit_is_not_helped() -> None:
-    source = Slow(400)
-    transfer = transfer_of(source)
-    for _ in transfer:
-        time.sleep(0.002)
+    source = Slow(40, shared=True)
+    assert source.wire is not None
+    for _ in transfer_of(source):
+        source.wire.carry(source.pause)  # as long as the piece took to come
     assert source.asked == [(0, None)]
 
 
