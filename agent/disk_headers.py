@@ -25,6 +25,9 @@ VHD_MAGIC: Final = b"conectix"
 VMDK_HEADER: Final = struct.Struct("<4sIIQQQQIQQ")
 VMDK_DIRECTORY_AT_END: Final = (1 << 64) - 1
 """In place of where the grain directory is: a footer tells."""
+# Where QEMU looks for the name of a parent, however long the header says that the
+# descriptor is, and whatever a footer says (block/vmdk.c, vmdk_parent_open).
+_VMDK_DESCRIPTOR: Final = slice(_SECTOR, 21 * _SECTOR)
 _VMDK_EXTENT: Final = re.compile(r'(?:rw|rdonly) \d+ sparse "([^"]*)"')
 
 VHDX_TABLE: Final = 64 << 10
@@ -96,6 +99,9 @@ def check_vmdk_header(header: bytes, file_size: int | None) -> None:
     (
         _, _, _, sectors, grain, _, descriptor, entries, _, directory,
     ) = VMDK_HEADER.unpack_from(header)  # fmt: skip
+    if not sectors:
+        # QEMU would not use the extent, but what a text in the file names.
+        raise ValueError("the vmdk has a capacity of 0 sectors (byte 12)")
     if not 1 <= grain <= _MAX_GRAIN or grain & (grain - 1):
         raise ValueError(
             f"the vmdk grain size is {grain} sectors (byte 20), not a power of 2 up to {_MAX_GRAIN}"
@@ -115,6 +121,15 @@ def check_vmdk_header(header: bytes, file_size: int | None) -> None:
         )
 
 
+def vmdk_descriptor(head: bytes | bytearray) -> str:
+    """Return the descriptor of a sparse extent as QEMU reads it, in lower case.
+
+    It ends with a NUL, not where the header says. `head`: all the file, or its first 11 KiB.
+    """
+    text, _, _ = bytes(head[_VMDK_DESCRIPTOR]).partition(b"\0")
+    return text.decode("latin-1").lower()
+
+
 def check_vmdk_descriptor(descriptor: str, allowed: Sequence[str]) -> None:
     """Check a descriptor, given in lower case; `allowed` are names of subformats."""
     subtypes = re.findall(r'createtype\s*=\s*"?([^"\n]*)', descriptor)
@@ -123,8 +138,8 @@ def check_vmdk_descriptor(descriptor: str, allowed: Sequence[str]) -> None:
             f"the vmdk's createType is {', '.join(subtypes)[:80] or 'missing'}, which is not in "
             f"vmdk_allowed_types ({', '.join(allowed) or 'none are'})"
         )
-    parent = re.search(r"parentcid\s*=\s*(\S+)", descriptor)
-    if "parentfilenamehint" in descriptor or (parent and parent[1] != "ffffffff"):
+    parents = re.findall(r"parentcid\s*=\s*(\S+)", descriptor)
+    if "parentfilenamehint" in descriptor or set(parents) - {"ffffffff"}:
         raise ValueError("the vmdk descriptor names a parent; an image must be self-contained")
     extents = [
         line.strip()

@@ -275,7 +275,9 @@ class Inspection:
             if isinstance(inspector, format_inspector.VMDKInspector):
                 disk_headers.check_vmdk_header(bytes(self._head[:64]), self._size)
                 if inspector.desc_text is not None:
-                    disk_headers.check_vmdk_descriptor(inspector.desc_text, self._vmdk_types)
+                    # Oslo ends where the header says, QEMU where the text does.
+                    for text in (inspector.desc_text, disk_headers.vmdk_descriptor(self._head)):
+                        disk_headers.check_vmdk_descriptor(text, self._vmdk_types)
             elif inspector.has_region("parameters") and inspector.region("parameters").complete:
                 disk_headers.check_vhdx_parameters(bytes(inspector.region("parameters").data))
             size = inspector.virtual_size

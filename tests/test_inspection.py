@@ -335,6 +335,23 @@ def test_a_vmdk_that_needs_more_than_itself_is_refused(
 
 
 @needs_qemu
+def test_a_vmdk_descriptor_ends_where_it_does_for_qemu(tmp_path: Path) -> None:
+    parent = b'parentFileNameHint="/etc/passwd"\n'
+    data = vmdk_images.longer(made(tmp_path, "vmdk", VMDK), parent)
+    # QEMU goes by what is behind the end that the header tells.
+    (tmp_path / "image").write_bytes(data)
+    shown = subprocess.run(
+        ["qemu-img", "info", "-f", "vmdk", tmp_path / "image"], check=True, capture_output=True
+    )
+    assert b"backing file: /etc/passwd" in shown.stdout
+    refused(data, "vmdk", "names a parent")
+    # And not by what is behind its 20 sectors.
+    text = b"#" * (19 * 512 - 1) + b"\n"
+    far = vmdk_images.longer(made(tmp_path, "vmdk", VMDK), text + parent)
+    assert judge(far, "vmdk").format == "vmdk"
+
+
+@needs_qemu
 @pytest.mark.parametrize("chunk", [MIB, 4096])
 def test_a_vmdk_of_a_subformat_that_is_allowed_is_accepted(tmp_path: Path, chunk: int) -> None:
     kind = b'createType="twoGbMaxExtentSparse"'

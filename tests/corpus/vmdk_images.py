@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from tests.corpus.case import CONTENT, GIB, MIB, By, Case, Sample, bytes_of, converted, patched
+from tests.corpus.case import CONTENT, GIB, KIB, MIB, By, Case, Sample, bytes_of, converted, patched
 
 _SPARSE: Final = "subformat=monolithicSparse"
 _STREAM: Final = "subformat=streamOptimized"
@@ -35,9 +35,20 @@ def text(*, kind: str = "monolithicFlat", extent: str = 'RW 99 FLAT "/etc/passwd
 
 def with_footer(work: Path) -> bytes:
     """Return an image as ovftool writes it: the grain directory's place is told at the end."""
-    data = converted(work, "vmdk", _STREAM)
+    return _footed(converted(work, "vmdk", _STREAM))
+
+
+def _footed(data: bytes) -> bytes:
     marker = struct.pack("<QII", 1, 0, 3).ljust(512, b"\0")
     return patched(data, 56, b"\xff" * 8) + marker + data[:512] + bytes(512)
+
+
+def longer(data: bytes, behind: bytes) -> bytes:
+    """Return an image whose descriptor ends after one sector by the header, and not for QEMU."""
+    words, _, _ = data[_DESCRIPTOR].partition(b"\0")
+    assert len(words) < 512
+    data = patched(data, 36, struct.pack("<Q", 1))
+    return patched(data, 512, words.ljust(511, b"#") + b"\n" + behind + b"\0")
 
 
 def aliasing(work: Path) -> bytes:
@@ -57,6 +68,10 @@ def _text(data: bytes, _: Path) -> bytes:
 
 
 _Make = Callable[[Path], bytes]
+
+
+def _longer(work: Path, *, options: str, behind: bytes, end: Callable[[bytes], bytes]) -> bytes:
+    return end(longer(converted(work, "vmdk", options), behind))
 
 
 def _case(number: int, name: str, make: _Make, refused: str | None, by: By = By.INSPECTION) -> Case:
@@ -150,6 +165,28 @@ def _descriptors() -> Iterator[Case]:
     ):
         yield _case(number, name, partial(edited, old=old, new=new), refused)
 
+    parent = b'parentCID=deadbeef\nparentFileNameHint="/etc/passwd"\n'
+    far = b"#".ljust(9 * KIB, b"#") + b"\n" + parent
+    for name, options, behind, end in (
+        ("parent", _SPARSE, parent, bytes),
+        ("parent in the last sector", _SPARSE, far, bytes),
+        ("parent of a stream", _STREAM, parent, bytes),
+        ("parent of a stream with a footer", _STREAM, parent, _footed),
+        ("parent in Latin-1", _SPARSE, b"\xe9\n" + parent, bytes),
+    ):
+        yield _case(
+            15,
+            f"{name} behind the descriptor's end",
+            partial(_longer, options=options, behind=behind, end=end),
+            "names a parent",
+        )
+    yield _case(
+        0,
+        "comment behind the descriptor's end",
+        partial(_longer, options=_SPARSE, behind=b"# no more\n", end=bytes),
+        None,
+    )
+
     def elsewhere(work: Path) -> bytes:
         data = with_footer(work)
         return patched(data, len(data) - 1024 + 28, struct.pack("<Q", 4096))
@@ -172,9 +209,10 @@ def _headers() -> Iterator[Case]:
             48, f"{entries} grain table entries", field(44, entries), f"tables of {entries} entries"
         )
     yield _case(48, "directory beyond the end", field(56, 1 << 40), "directory .*beyond")
-    yield _case(48, "capacity 0", field(12, 0), "names no size|virtual size")
+    yield _case(48, "capacity 0", field(12, 0), "capacity of 0 sectors")
     yield _case(48, "capacity 2^55", field(12, 1 << 55), "directory .*beyond")
-    yield _case(48, "descriptor elsewhere", field(28, 2), "descriptor")
+    for at in (0, 2):
+        yield _case(48, f"descriptor at sector {at}", field(28, at), "Wrong descriptor location")
     yield _case(48, "descriptor longer than the file", field(36, 1 << 40), "not 1 to 2047")
     yield _case(48, "version 9", lambda w: patched(converted(w, "vmdk"), 4, b"\x09"), "version")
     longest = field(36, MIB // 512)
