@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -167,9 +167,16 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o640, settle: bool = 
 
 
 def copy_sparse(
-    source: Path, target: Path, *, mode: int = 0o640, cancellation: Cancellation
+    source: Path,
+    target: Path,
+    *,
+    mode: int = 0o640,
+    share: bool = True,
+    cancellation: Cancellation,
 ) -> None:
     """Copy `source` to `target`: shared extents where the file system can, else without holes.
+
+    Without `share` the target has blocks of its own for all that is no hole.
 
     On failure or cancel the target is as it was before.
 
@@ -182,13 +189,15 @@ def copy_sparse(
         status = os.fstat(opened.fileno())
         allocated = min(status.st_size, status.st_blocks * 512)
         with replacing(target, needed=allocated, what=what, mode=mode) as fd:
-            if clone(opened.fileno(), fd):
+            if share and clone(opened.fileno(), fd):
                 return
             free = free_bytes(target.parent)
             if allocated > free:
                 raise no_space(target, allocated, free, what)
             os.ftruncate(fd, status.st_size)
-            _copy_data(opened.fileno(), fd, status.st_size, cancellation)
+            # copy_file_range(2) shares extents too where it can.
+            copy = _copy_in_kernel if share else _copy_through_memory
+            _copy_data(copy, opened.fileno(), fd, status.st_size, cancellation)
 
 
 def remove_tree(path: Path) -> None:
@@ -229,8 +238,13 @@ def clone(source: int, target: int) -> bool:
     return True
 
 
-def _copy_data(source: int, target: int, size: int, cancellation: Cancellation) -> None:
-    copy = _copy_in_kernel
+def _copy_data(
+    copy: Callable[[int, int, int, int], int],
+    source: int,
+    target: int,
+    size: int,
+    cancellation: Cancellation,
+) -> None:
     for begin, end in data_extents(source, 0, size):
         position = begin
         while position < end:

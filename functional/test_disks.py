@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 
+from agent.backends.flat import Flat
+from agent.base import Base
+from agent.cancellation import Cancellation
 from agent.client import Client
-from agent.report import Status
+from agent.disk import Home
+from agent.image import Image
+from agent.report import Role, Status
 from functional.conftest import Images, MakeAgent, boot_files
 from functional.harness.agent import Agent
 from functional.harness.console import Seen, wait_ready
@@ -19,7 +24,7 @@ from functional.harness.guest import CONSOLE_PREFIX, Guest
 from functional.harness.libvirtd import PrivateLibvirtd
 from functional.harness.mounts import small_file_system
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def job(image_id: str, **fields: object) -> dict[str, Any]:
@@ -196,6 +201,45 @@ def test_raw_disks_share_the_blocks_of_their_base_where_the_file_system_can(
     assert content == guest.root.read_bytes()
     # Records, and the journal; the image alone has 16 MiB.
     assert grown < 2 << 20
+
+
+def test_preallocated_raw_disk_can_be_overwritten_on_a_full_file_system_with_reflinks(
+    work: Path,
+) -> None:
+    place = work / "preallocated"
+    with small_file_system(place, mib=512, kind="xfs"):
+        content = os.urandom(MIB) * 16
+        base = Base(
+            path=place / "base",
+            format="raw",
+            virtual_size=len(content),
+            image=Image(id="1", name="", source="directory", status="active", disk_format="raw"),
+            digest=None,
+            origin="cache",
+        )
+        base.path.write_bytes(content)
+        backend = Flat(preallocate=True)
+        home = Home(uuid="instance", directory=place)
+        disk = backend.plan(home, Role.ROOT, "disk", base, len(content) + 8 * MIB)
+        backend.prepare(disk, base, Cancellation())
+        assert disk.path.read_bytes() == content + bytes(8 * MIB)
+
+        with pytest.raises(OSError, match="No space left"):
+            fill(place / "rest")
+        with disk.path.open("r+b", buffering=0) as file:
+            for _ in range(24):
+                assert file.write(b"x" * MIB) == MIB
+            os.fsync(file.fileno())
+        assert base.path.read_bytes() == content
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(MIB))
+        finally:
+            os.fsync(file.fileno())
 
 
 def test_limits_of_the_flavor_are_on_the_disk_of_the_running_guest(

@@ -112,10 +112,10 @@ def test_a_copy_that_cannot_fit_is_refused_before_the_first_byte(
     assert list(small_file_system.iterdir()) == []
 
 
-@given(pieces)
+@given(pieces, st.booleans())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_a_copy_is_equal_and_no_larger_on_disk(
-    tmp_path: Path, pieces: list[tuple[bytes, int]]
+    tmp_path: Path, pieces: list[tuple[bytes, int]], share: bool
 ) -> None:
     source, target = tmp_path / "base", tmp_path / "disk"
     with source.open("wb") as f:
@@ -125,7 +125,7 @@ def test_a_copy_is_equal_and_no_larger_on_disk(
             else:
                 f.write(byte * count)
         f.truncate()
-    files.copy_sparse(source, target, cancellation=Cancellation())
+    files.copy_sparse(source, target, share=share, cancellation=Cancellation())
     assert target.read_bytes() == source.read_bytes()
     assert allocated(target) <= allocated(source)
     assert leftovers(tmp_path) == []

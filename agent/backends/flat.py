@@ -51,7 +51,11 @@ class Flat:
         cancellation.check()
         with files.reporting(f"copying base {base.name} to", disk.path):
             if not disk_file.exists(disk):
-                files.copy_sparse(base.path, disk.path, cancellation=cancellation)
+                # A shared block is nothing the guest may count on: it needs another one as
+                # soon as it writes there.
+                files.copy_sparse(
+                    base.path, disk.path, share=not self._preallocate, cancellation=cancellation
+                )
             # Also for one that exists: a crash may have come between the two.
             if disk.path.lstat().st_size < disk.virtual_size:
                 _lengthen(disk.path, disk.virtual_size)
