@@ -1,6 +1,7 @@
 """The instances of this host: one directory each, described by `instance.json`.
 
-`instance.json` is written, durably, before the first disk it names exists. It
+`instance.json` is flushed before the first disk it names exists, and its name at the
+latest with that disk's (file systems keep the names in a directory in order). It
 and nothing else says which disks an instance has, in which format, and on
 which bases they stand: a guest can write to its disks, so no answer is ever
 looked for in them.

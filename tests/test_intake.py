@@ -104,6 +104,23 @@ def finish(intake: DecodedIntake, look: Inspection, image: Image, disk: Path, qc
     assert subprocess.run(["cmp", path, disk], check=False).returncode == 0
 
 
+class LosingIntake(PlainIntake):
+    """On a disk that loses what is written."""
+
+    def _flush(self) -> None:
+        raise OSError(errno.EIO, "lost")
+
+
+def plain(partial: Partial, image: Image, kind: type[PlainIntake] = PlainIntake) -> PlainIntake:
+    return kind(
+        partial,
+        inspection(image),
+        algorithms=("sha512",),
+        converter=QemuImg(),
+        cancellation=Cancellation(),
+    )
+
+
 def left_by_a_killed_one(directory: Path, image: Image, qcow2: Path, reached: int) -> Partial:
     """Return the partial of a process that was killed when it had taken so many bytes."""
     child = os.fork()
@@ -216,18 +233,29 @@ def test_a_disk_that_is_full_is_said_to_be_so(full_file_system: Path, image: Ima
     raw = dataclasses.replace(image, disk_format="raw")
     partial = Partial(full_file_system / "partial", raw)
     partial.open()
-    intake = PlainIntake(
-        partial,
-        inspection(raw),
-        algorithms=("sha512",),
-        converter=QemuImg(),
-        cancellation=Cancellation(),
-    )
-    with contextlib.closing(intake):
+    with contextlib.closing(plain(partial, raw)) as intake:
         intake.take(os.urandom(3 * MIB))
         with pytest.raises(InsufficientFreeSpace, match="data"):
             intake.digests()
     assert partial.durable == 0
+
+
+def test_what_a_failed_sync_may_have_lost_is_no_part_of_a_partial(
+    tmp_path: Path, image: Image
+) -> None:
+    """The page cache would show it to the next run, and that run's sync tell of nothing."""
+    raw = dataclasses.replace(image, disk_format="raw")
+    partial = Partial(tmp_path / "partial", raw)
+    partial.open()
+    intake = plain(partial, raw)
+    intake.take(os.urandom(MIB))
+    intake.close()
+    assert partial.durable == MIB
+
+    again = plain(partial, raw, LosingIntake)
+    again.take(os.urandom(MIB))
+    again.close()
+    assert partial.data.stat().st_size == MIB
 
 
 def test_the_network_does_not_wait_for_the_disk_but_for_an_error_of_it() -> None:

@@ -68,20 +68,21 @@ class PlainIntake:
         # the disk; after a boot of the host only what was synced is certain.
         length = partial.data.stat().st_size if partial.data.exists() else 0
         self.kept = length if partial.same_boot else min(length, partial.durable)
-        # Holes are only right where nothing was: what lies beyond is dropped.
-        self._file = SparseFile(partial.data, length=self.kept)
-        self._size = self.kept
-        partial.mark(min(self.kept, partial.durable))
-        self._written = self.kept
-        self._hashers = Hashers({name: hashlib.new(name) for name in algorithms})
-        self._marker = Marker(self._settle, self.kept)
-        self._writer = Writer(self._write)
+        self._size = self._written = self.kept
         self._worth_marking = False
-        try:
+        with contextlib.ExitStack() as undo:
+            # Holes are only right where nothing was: what lies beyond is dropped.
+            self._file = SparseFile(partial.data, length=self.kept)
+            undo.callback(self._file.close)
+            partial.mark(min(self.kept, partial.durable))
+            self._hashers = Hashers({name: hashlib.new(name) for name in algorithms})
+            undo.callback(self._hashers.close)
+            self._marker = Marker(self._settle, self.kept)
+            undo.callback(self._marker.close)
+            self._writer = Writer(self._write)
+            undo.callback(self._writer.close)
             self._replay()
-        except BaseException:
-            self.close()
-            raise
+            self._closing = undo.pop_all()
 
     def _replay(self) -> None:
         with self._partial.data.open("rb", buffering=0) as file:
@@ -168,11 +169,14 @@ class PlainIntake:
     def close(self) -> None:
         self._writer.close()
         self._marker.close()
-        if self._worth_marking:
-            self._worth_marking = False
-            # Whoever stops the agent may be about to reboot the host.
-            with contextlib.suppress(OSError, BootwrightError):
-                self._marker.check()
+        try:
+            self._marker.check()
+            if self._worth_marking:
+                # Whoever stops the agent may be about to reboot the host.
                 self._settle(self._written)
-        self._hashers.close()
-        self._file.close()
+        except (OSError, BootwrightError):
+            # What the disk has lost the page cache still shows to a later run.
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._partial.durable)
+        self._worth_marking = False
+        self._closing.close()
