@@ -205,11 +205,22 @@ class Build:
         A record that is there already was written by this very job before the
         agent was restarted. It counts, whatever the configuration says today.
         """
-        known = self._known()
-        if known is not None:
-            return known
+        record = self._known()
+        if record is None:
+            record = self._planned(bases, hardware, networks)
+            self._host.instances.write(record, settle=False)
+        # Where all of them are files beside the record, the first one that is durable makes
+        # the record's name so: file systems keep the names in a directory in order. Else it
+        # is settled now; the run that has written it may have been cut off before that.
+        if any(disk.type is not DiskType.FILE for disk in record.disks):
+            self._host.instances.settle(self._uuid)
+        return record
+
+    def _planned(
+        self, bases: Mapping[Role, Base], hardware: Hardware, networks: Sequence[Network]
+    ) -> InstanceRecord:
         root = bases[Role.ROOT]
-        record = InstanceRecord(
+        return InstanceRecord(
             uuid=self._uuid,
             name=self._name,
             job_id=self._job_id,
@@ -226,12 +237,6 @@ class Build:
                 self._layout(networks).plan(bases, self._images_type), hardware, self._uuid
             ),
         )
-        # Where all of them are files beside the record, the first one that is durable makes
-        # the record's name so: file systems keep the names in a directory in order.
-        self._host.instances.write(
-            record, settle=any(disk.type is not DiskType.FILE for disk in record.disks)
-        )
-        return record
 
     def _hardware(self, image: Image) -> Hardware:
         warn_of_unknown(image)

@@ -259,6 +259,43 @@ def test_stop_of_the_agent_ends_an_undo_that_waits_and_the_next_run_ends_it(
     assert site.kit.instances.all() == []
 
 
+class Cut(Instances):
+    """The power fails before a record is durable."""
+
+    def settle(self, _uuid: str) -> None:
+        raise AgentStopping("the power is gone")
+
+
+class Watched(Instances):
+    """Notes what there is in Ceph when a record is made durable."""
+
+    def __init__(self, directory: Path, ceph: FakeCeph) -> None:
+        super().__init__(directory)
+        self._ceph = ceph
+        self.at_settle: list[set[str]] = []
+
+    def settle(self, uuid: str) -> None:
+        super().settle(uuid)
+        self.at_settle.append(set(self._ceph.pools["vms"]))
+
+
+def test_record_is_durable_before_there_is_a_disk_elsewhere_also_in_the_next_run(
+    site: Site, ceph: FakeCeph
+) -> None:
+    directory = site.kit.directory
+    with pytest.raises(AgentStopping):
+        site.run(replace(site.host, instances=Cut(directory)), action="prepare", images_type="rbd")
+    [job] = site.journal.unfinished()
+
+    instances = Watched(directory, ceph)
+    assert instances.get(site.uuid) is not None
+    host = replace(site.host, instances=instances)
+    Build(host, job.request, Recorder(site.journal, job), Cancellation()).run()
+
+    assert instances.at_settle[0] == set()
+    assert set(ceph.pools["vms"]) == {f"{site.uuid}_disk"}
+
+
 def test_run_after_a_crash_makes_the_same_domain_whatever_the_image_says_by_now(site: Site) -> None:
     kernel = site.kit.source.add(random_bytes(1), image_id="kernel", disk_format="aki")
     properties = {"kernel_id": kernel.id, "os_command_line": "quiet"}
