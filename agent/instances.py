@@ -108,6 +108,16 @@ class InstanceRecord:
         every = (*self.disks, *coming, *self.replaced)
         return tuple({disk.path: disk for disk in every}.values())
 
+    def has_of(self, job_id: str) -> bool:
+        """Whether there is anything of it that a run of that job has made or done."""
+        changes = (self.rescue, self.rebuild)
+        return job_id in (
+            self.job_id,
+            self.unrescued_by,
+            self.rebuilt_by,
+            *(change.job_id for change in changes if change is not None),
+        )
+
     @property
     def base_names(self) -> frozenset[str]:
         """The bases that some disk of it stands on."""

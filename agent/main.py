@@ -31,8 +31,8 @@ from agent.image import Image
 from agent.image_cache import ImageCache
 from agent.instance_keys import FileKeys, InstanceKeys
 from agent.instances import Instances
-from agent.job import ImagesType, JobRequest
-from agent.journal import Journal
+from agent.job import ImagesType
+from agent.journal import Job, Journal
 from agent.last_use import LastUse
 from agent.layout import Formats
 from agent.listener import Listener, MetricsListener
@@ -255,9 +255,11 @@ class _Parts:
             probes = create_metrics_app(self.agent)
             self._listeners.append(MetricsListener(probes, settings.api.metrics_listen))
 
-    def _untouched(self, request: JobRequest) -> bool:
-        uuid = None if request.instance is None else request.instance.uuid
-        return uuid is None or self.instances.get(uuid) is None
+    def _untouched(self, job: Job) -> bool:
+        instance = job.request.instance
+        uuid = None if instance is None else instance.uuid
+        record = None if uuid is None else self.instances.get(uuid)
+        return record is None or not record.has_of(job.report.id)
 
     def _settle(self, instance_uuid: str, job_id: str, cancellation: Cancellation) -> None:
         self.worker.settle(instance_uuid, job_id, cancellation)

@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from agent import logs
@@ -44,7 +45,7 @@ class Worker:
         execute: Execute,
         *,
         concurrency: int,
-        untouched: Callable[[JobRequest], bool],
+        untouched: Callable[[Job], bool],
         again_s: float = AGAIN_S,
     ) -> None:
         """`untouched`: whether no run of a job can have left anything that has to be undone."""
@@ -55,13 +56,16 @@ class Worker:
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
-        # Jobs that came to their turn before another of their instance that goes first.
-        self._held: list[str] = []
+        # Jobs that came to their turn before another of their instance that goes first;
+        # each with its deadline.
+        self._held: dict[str, Cancellation] = {}
+        self._holds = threading.Condition(self._lock)
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._work, name=f"worker-{number}")
             for number in range(concurrency)
         ]
+        self._threads.append(threading.Thread(target=self._watch, name="worker-deadlines"))
 
     def start(self) -> None:
         for thread in self._threads:
@@ -90,14 +94,13 @@ class Worker:
         Raises:
             NotFound: there is no such job.
         """
+        self._cancel(job_id, Cancelled(message), at_once=self._never_begun)
+
+    def _never_begun(self, job: Job) -> bool:
         # QUEUED alone: a job in BUILD that does not run did so before a restart,
         # and only another run of it can undo what it made. After a power cut even
         # one that is QUEUED may have made something.
-        self._cancel(
-            job_id,
-            Cancelled(message),
-            at_once=lambda job: job.report.status is Status.QUEUED and self._untouched(job.request),
-        )
+        return job.report.status is Status.QUEUED and self._untouched(job)
 
     def _cancel(self, job_id: str, reason: Cancelled, *, at_once: Callable[[Job], bool]) -> None:
         # Under the lock a job cannot begin to run between the two looks.
@@ -148,6 +151,7 @@ class Worker:
         """Interrupt what runs, begin nothing more, wait; return whether all of it ended."""
         with self._lock:
             self._stopping = True
+            self._holds.notify_all()
             interrupted = list(self._running.values())
         for running in interrupted:
             running.cancellation.cancel(AgentStopping("the agent is stopping"))
@@ -211,16 +215,15 @@ class Worker:
             job = self._journal.get(job_id)
             if self._stopping or job.report.status.final or job_id in self._running:
                 return None
-            if self._must_wait(job):
-                self._held.append(job_id)
-                return None
-            running = _Running(
-                recorder=Recorder(self._journal, job),
-                # It counts from the acceptance, over restarts of the agent too.
-                cancellation=Cancellation(
-                    job.request.deadline_s, elapsed_s=time.time() - job.report.created_at
-                ),
+            # It counts from the acceptance, over restarts of the agent too.
+            cancellation = Cancellation(
+                job.request.deadline_s, elapsed_s=time.time() - job.report.created_at
             )
+            if self._must_wait(job):
+                self._held[job_id] = cancellation
+                self._holds.notify_all()
+                return None
+            running = _Running(recorder=Recorder(self._journal, job), cancellation=cancellation)
             self._running[job_id] = running
         if job.cancelled is not None:
             running.cancellation.cancel(Cancelled(job.cancelled))
@@ -245,15 +248,43 @@ class Worker:
             self._queue.put(job_id)
         self._held.clear()
 
+    def _watch(self) -> None:
+        """End those that are held as their deadlines pass, though no worker may be free."""
+        with self._holds:
+            while not self._stopping:
+                limits = {job_id: held.remaining() for job_id, held in self._held.items()}
+                expired = next((job_id for job_id, left in limits.items() if left == 0), None)
+                if expired is not None:
+                    self._expire(expired)
+                else:
+                    known = [left for left in limits.values() if left is not None]
+                    self._holds.wait(min(known, default=None))
+
+    def _expire(self, job_id: str) -> None:
+        """End a held job whose deadline has passed; under the lock."""
+        job = self._journal.get(job_id)
+        if not self._never_begun(job):
+            # An earlier run of it is to be undone, and that has to wait for its turn.
+            self._held[job_id] = Cancellation()
+            return
+        try:
+            self._held[job_id].check()
+        except BootwrightError as e:
+            recorder = Recorder(self._journal, job)
+            try:
+                recorder.finish(Status.ERROR, str(e), e)
+            except EndNotRecorded as not_recorded:
+                LOG.error("%s; once more in %g s", not_recorded, self._again_s)
+                self._holds.wait(self._again_s)
+                return
+            with _named(job):
+                _log_end(recorder.report, time.time() - job.report.created_at)
+            self._let_go()
+
     def _run(self, job: Job, running: _Running) -> None:
         recorder = running.recorder
         request = job.request
-        with logs.bind(
-            request_id=job.report.request_id,
-            job_id=job.report.id,
-            instance_uuid=None if request.instance is None else request.instance.uuid,
-            image_id=None if request.image is None else request.image.id,
-        ):
+        with _named(job):
             began = time.monotonic()
             try:
                 self._execute(request, recorder, running.cancellation)
@@ -273,6 +304,17 @@ class Worker:
                 )
                 recorder.finish(Status.ERROR, str(error), error)
             _log_end(recorder.report, time.monotonic() - began)
+
+
+def _named(job: Job) -> AbstractContextManager[None]:
+    """Have every line logged within say which job it is about."""
+    request = job.request
+    return logs.bind(
+        request_id=job.report.request_id,
+        job_id=job.report.id,
+        instance_uuid=None if request.instance is None else request.instance.uuid,
+        image_id=None if request.image is None else request.image.id,
+    )
 
 
 def _log_end(report: JobReport, seconds: float) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from agent.disk import Disk, Link
 from agent.errors import BackendError, InstanceExists, InsufficientFreeSpace, NotFound
-from agent.instances import InstanceRecord, Instances, Rebuild
+from agent.instances import InstanceRecord, Instances, Rebuild, Rescue
 from agent.job import ImagesType
 from agent.origin import Origin
 from agent.report import Role
@@ -98,6 +98,16 @@ def test_what_comes_and_what_goes_is_the_instances_too(
     names = [disk.path.name for disk in again.every_disk]
     assert names == ["disk", "disk.swap", "disk.rebuilt", "disk.old"]
     assert again.base_names == {BASE, "1" * 40, "2" * 40}
+
+
+def test_what_a_job_has_made_of_an_instance_is_known(tmp_path: Path) -> None:
+    known = record(tmp_path)
+    rescue = Rescue(job_id="job-2", domain_xml="<domain/>", was_running=True)
+    rescued = replace(known, rescue=rescue)
+    settled = replace(known, unrescued_by="job-3", rebuilt_by="job-4")
+    assert (known.has_of("job-1"), known.has_of("job-2")) == (True, False)
+    assert rescued.has_of("job-2")
+    assert [settled.has_of(f"job-{number}") for number in (2, 3, 4)] == [False, True, True]
 
 
 def test_directory_lets_the_hypervisors_user_through_and_nobody_look(

@@ -13,7 +13,7 @@ import pytest
 from agent.cancellation import Cancellation
 from agent.errors import AgentStopping, BackendError, BootwrightError, Cancelled, NotFound
 from agent.job import JobRequest, parse
-from agent.journal import Journal, digest_of
+from agent.journal import Job, Journal, digest_of
 from agent.recorder import Recorder
 from agent.report import JobReport, Status, TaskState
 from agent.worker import Worker
@@ -387,6 +387,84 @@ def test_job_waits_no_longer_for_a_delete_that_was_cancelled(host: Host) -> None
     host.until_begun("boot")
     host.work.gate.set()
     assert host.final("boot").status is Status.ACTIVE
+
+
+def test_job_that_waits_for_another_ends_at_its_deadline_though_nobody_is_free(host: Host) -> None:
+    host.accept("boot")
+    other = "11111111-2222-4333-8444-555555555555"
+    host.worker.start()
+    host.until_begun("boot")
+    host.accept("rescue", action="rescue", deadline_s=0.3)
+    host.accept("unrescue", action="unrescue")
+    host.accept("other", instance={"name": "web-2", "uuid": other})
+    host.until_begun("other")
+
+    report = host.final("rescue")
+
+    assert report.error is not None
+    assert (report.status, report.error.code) == (Status.ERROR, "DeadlineExceeded")
+    assert {running.id for running in host.worker.running()} == {"boot", "other"}
+    host.work.gate.set()
+    host.final("unrescue")
+    assert "rescue" not in host.work.begun
+
+
+def test_job_that_waits_for_another_ends_as_soon_as_it_is_cancelled(host: Host) -> None:
+    host.accept("boot")
+    host.accept("rescue", action="rescue", deadline_s=3600)
+    other = "11111111-2222-4333-8444-555555555555"
+    host.accept("other", instance={"name": "web-2", "uuid": other})
+    host.worker.start()
+    host.until_begun("other")
+
+    host.worker.cancel("rescue", "cancelled on request")
+
+    assert host.journal.get("rescue").report.status is Status.CANCELLED
+    host.work.gate.set()
+    host.final("boot")
+    assert "rescue" not in host.work.begun
+
+
+def test_what_an_earlier_run_made_is_undone_in_its_turn_though_the_deadline_has_passed(
+    host: Host,
+) -> None:
+    touched: list[str] = []
+
+    def untouched(job: Job) -> bool:
+        touched.append(job.report.id)
+        return False
+
+    host.worker = Worker(host.journal, host.work, concurrency=2, untouched=untouched)
+    host.accept("boot")
+    host.worker.start()
+    host.until_begun("boot")
+    host.accept("rescue", action="rescue", deadline_s=0.05)
+
+    until(lambda: touched)
+
+    assert host.work.begun == ["boot"]
+    host.work.gate.set()
+    report = host.final("rescue")
+    assert report.error is not None
+    assert report.error.code == "DeadlineExceeded"
+    assert host.work.begun == ["boot", "rescue"]
+
+
+def test_deadline_of_a_job_that_waits_is_recorded_as_soon_as_the_journal_can(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.worker = Worker(
+        host.journal, host.work, concurrency=2, untouched=lambda _: True, again_s=0.01
+    )
+    host.accept("boot")
+    host.worker.start()
+    host.until_begun("boot")
+    host.accept("rescue", action="rescue", deadline_s=1)
+    with no_file_grows():
+        until(lambda: "once more in 0.01 s" in caplog.text)
+        assert host.journal.get("rescue").report.status is Status.QUEUED
+    assert host.final("rescue").status is Status.ERROR
+    assert host.worker.alive()
 
 
 def test_delete_settles_the_job_that_runs(host: Host) -> None:
