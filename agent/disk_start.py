@@ -14,13 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from agent import qcow2
-from agent.disk_tables import SECTOR, ImageFile, Vdi, Vhd, Vhdx, Vmdk
+from agent.disk_tables import SECTOR, ImageFile, Vdi, Vhd, Vhdx, Vmdk, qcow2_header
 from agent.qcow2_compression import unpacked
 from agent.qcow2_tables import OFFSET, Geometry, read_l2
-
-_QCOW2_HEADER: Final = 64 << 10  # bytes; the longest there is, with extensions
-_VMDK_ZERO_GRAIN: Final = 1
 
 _Block = Callable[[int, int], bytes]
 """From the number of a block and a count of bytes to its first ones; fewer, and the rest are 0."""
@@ -57,7 +53,7 @@ def _vmdk(file: ImageFile, length: int) -> bytes:
         if not at:
             return b""
         at = file.number(at * SECTOR + within * 4, "<I", what)
-        if not at or (at == _VMDK_ZERO_GRAIN and vmdk.zero_grains):
+        if vmdk.hole(at):
             return b""
         what = f"the vmdk grain {index}"
         if not vmdk.compressed:
@@ -121,7 +117,7 @@ def _vhdx(file: ImageFile, length: int) -> bytes:
 
 
 def _qcow2(file: ImageFile, length: int) -> bytes:
-    header = qcow2.parse_header(file.data(0, _QCOW2_HEADER, "the qcow2 header"), file.size)
+    header = qcow2_header(file)
     geometry = Geometry(header=header, size=file.size, refcounts=(0, 0))
     entry_size = 16 if header.extended_l2 else 8
     found = bytearray(length)

@@ -3,8 +3,8 @@
 Reads the headers from a file that is whole, for those who follow the tables:
 `disk_start` to the first blocks, `disk_bounds` to all of them. What it finds is
 what QEMU's own drivers would go by (block/vmdk.c, vpc.c, vhdx.c, vdi.c).
-Nothing is believed: what leads out of the file is an error. qcow2 has modules
-of its own.
+Nothing is believed: what leads out of the file is an error. Of qcow2 there is
+only where the header is; the rest has modules of its own.
 """
 
 import contextlib
@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from agent import disk_headers
+from agent import disk_headers, qcow2
 
 SECTOR: Final = 512
 _PIECE: Final = 256 << 10  # bytes of a table to be had at a time
 
+_QCOW2_HEADER: Final = 64 << 10  # bytes; the longest there is, with extensions
+
 _VMDK_OVERHEAD_AT, _VMDK_COMPRESSION_AT = 64, 77
 _VMDK_DEFLATE: Final = 1
+_VMDK_ZERO_GRAIN: Final = 1
 _VMDK_BACKUP, _VMDK_ZERO_GRAINS, _VMDK_MARKERS = 1 << 1, 1 << 2, 1 << 17
 _VMDK_MARKER: Final = struct.Struct("<QI")  # sector in the disk, bytes of compressed data
 # QEMU's bound, 128 MiB of memory.
@@ -108,6 +111,11 @@ class ImageFile:
             yield words
 
 
+def qcow2_header(file: ImageFile) -> qcow2.Header:
+    """Raises: ValueError: what is wrong with it."""
+    return qcow2.parse_header(file.data(0, _QCOW2_HEADER, "the qcow2 header"), file.size)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vmdk:
     """A sparse extent; sizes and offsets are bytes."""
@@ -155,6 +163,10 @@ class Vmdk:
             compressed=compression == _VMDK_DEFLATE,
             markers=bool(flags & _VMDK_MARKERS),
         )
+
+    def hole(self, sector: int) -> bool:
+        """Return whether an entry of a grain table says that nothing of the grain is there."""
+        return not sector or (sector == _VMDK_ZERO_GRAIN and self.zero_grains)
 
     def packed(self, file: ImageFile, offset: int, what: str) -> tuple[int, int]:
         """Return where the compressed bytes of a grain at `offset` are, and how many at most.

@@ -1,5 +1,6 @@
 """Images cut off anywhere are refused, or nothing of their disks is missing; whole ones are not."""
 
+import itertools
 import os
 import shutil
 import struct
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from agent import disk_bounds
 from agent.cancellation import Cancellation
 from agent.disk_tables import crc32c
-from agent.errors import AgentStopping, ImageUnacceptable
+from agent.errors import AgentStopping, DeadlineExceeded, ImageUnacceptable
 from agent.inspection import Inspection
+from tests.corpus import vmdk_images
 from tests.corpus.case import CONTENT, GIB, KIB, MIB, VMDK_TYPES, converted, patched
 
 pytestmark = pytest.mark.skipif(
@@ -171,6 +173,20 @@ def _far_vmdk_grain(work: Path) -> bytes:
     return patched(data, table * 512 + 4, struct.pack("<I", (1 << 32) - 1))
 
 
+def _last_vmdk_grain_twice(work: Path) -> bytes:
+    data = converted(work, "vmdk", "subformat=streamOptimized")
+    (directory,) = struct.unpack_from("<Q", data, 56)
+    (table,) = struct.unpack_from("<I", data, directory * 512)
+    grains = struct.unpack_from("<512I", data, table * 512)
+    return patched(data, table * 512, struct.pack("<I", max(grains)))
+
+
+def _qcow2_table_twice(work: Path) -> bytes:
+    data = converted(work, "qcow2", "cluster_size=512")
+    (l1,) = struct.unpack_from(">Q", data, 40)
+    return patched(data, l1 + 8, data[l1 : l1 + 8])
+
+
 def _far_vhdx_block(entry: int, index: int = 1) -> Callable[[Path], bytes]:
     def make(work: Path) -> bytes:
         data = converted(work, "vhdx", "block_size=1M")
@@ -179,6 +195,46 @@ def _far_vhdx_block(entry: int, index: int = 1) -> Callable[[Path], bytes]:
         return patched(data, bat + 8 * index, struct.pack("<Q", entry))
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("format_", "make", "why"),
+    [
+        ("vmdk", vmdk_images.aliasing, "grain table 1 is at 0x[0-9a-f]+, which is another table's"),
+        ("vmdk", _last_vmdk_grain_twice, r"grain \d+ is at 0x[0-9a-f]+, which is another grain's"),
+        ("qcow2", _qcow2_table_twice, "L2 table 1 at 0x[0-9a-f]+ overlaps something else: a table"),
+    ],
+)
+def test_what_would_have_to_be_looked_at_again_is_an_error(
+    format_: str, make: Callable[[Path], bytes], why: str, tmp_path: Path
+) -> None:
+    data = make(tmp_path)
+    with pytest.raises(ValueError, match=why):
+        check(data, format_)
+
+
+@pytest.mark.parametrize(
+    ("format_", "options", "tables"),
+    [("vmdk", "subformat=monolithicSparse", 65), ("qcow2", "cluster_size=512", 65)],
+)
+def test_a_deadline_can_end_it_after_each_table(
+    format_: str, options: str, tables: int, tmp_path: Path
+) -> None:
+    # A table of VMDK is about 32 MiB, one of this qcow2 about 32 KiB.
+    size = (tables - 1) * (32 * MIB if format_ == "vmdk" else 32 * KIB) + 512
+    raw, path = tmp_path / "raw", tmp_path / "image"
+    with raw.open("wb") as file:
+        file.truncate(size)
+        for at in range(0, size, size // (tables - 1)):
+            file.seek(at)
+            file.write(CONTENT[:512])
+    subprocess.run(
+        ["qemu-img", "convert", "-f", "raw", "-O", format_, "-o", options, raw, path], check=True
+    )
+    # The time is how often it was asked for.
+    disk_bounds.check(path, format_, Cancellation(10 * tables, clock=itertools.count().__next__))
+    with pytest.raises(DeadlineExceeded):
+        disk_bounds.check(path, format_, Cancellation(tables - 5, clock=itertools.count().__next__))
 
 
 def _with_vhdx_headers(data: bytes, first: bytes, second: bytes) -> bytes:

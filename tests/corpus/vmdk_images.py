@@ -101,6 +101,13 @@ def cases() -> Iterator[Case]:
         by=By.CACHE,
         max_virtual_size=GIB,
     )
+    yield _case(
+        41,
+        "vmdk with one grain table 128 times",
+        aliasing,
+        "grain table 1 is at 0x[0-9a-f]+, which is another table's place",
+        By.CACHE,
+    )
 
 
 def _texts() -> Iterator[Case]:
