@@ -329,7 +329,11 @@ class ImageCache:
         name = base_name(image.id)
         partial = self._store.partial_of(image)
         if self._store.complete(name, partial):
-            base = self._lookup(image, flight.demand, verified=True) or self._proven(flight, check)
+            base = (
+                self._recognised(flight)
+                or self._lookup(image, flight.demand)
+                or self._proven(flight, check)
+            )
             if base is not None:
                 _discard(partial)
                 return base
