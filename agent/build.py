@@ -347,9 +347,9 @@ class Build:
         cancellation = self._cancellation.undoing()
         try:
             if self._may_have_domain:
-                remove_instance(self._host, made, cancellation)
+                remove_instance(self._host, made, cancellation, undoing=True)
             else:
-                remove_disks(self._host, made, cancellation)
+                remove_disks(self._host, made, cancellation, undoing=True)
         except AgentStopping:
             raise
         except BootwrightError as e:

@@ -3,6 +3,7 @@
 import logging
 
 from agent import domain_xml
+from agent.backends import HeldElsewhere
 from agent.cancellation import Cancellation
 from agent.disk import Home
 from agent.host import Host
@@ -11,10 +12,13 @@ from agent.instances import InstanceRecord
 LOG = logging.getLogger(__name__)
 
 
-def remove_instance(host: Host, record: InstanceRecord, cancellation: Cancellation) -> None:
+def remove_instance(
+    host: Host, record: InstanceRecord, cancellation: Cancellation, *, undoing: bool = False
+) -> None:
     """Destroy and undefine the domain, then remove the disks; done already is fine.
 
-    A domain of that uuid which somebody else has defined is left alone.
+    A domain of that uuid which somebody else has defined is left alone. For `undoing` see
+    `remove_disks`.
 
     Raises:
         HypervisorError: libvirt is away or refuses; the disks are all there.
@@ -31,11 +35,16 @@ def remove_instance(host: Host, record: InstanceRecord, cancellation: Cancellati
             record.job_id,
             record.name,
         )
-    remove_disks(host, record, cancellation)
+    remove_disks(host, record, cancellation, undoing=undoing)
 
 
-def remove_disks(host: Host, record: InstanceRecord, cancellation: Cancellation) -> None:
+def remove_disks(
+    host: Host, record: InstanceRecord, cancellation: Cancellation, *, undoing: bool = False
+) -> None:
     """Remove the disks, then the record that tells of them; done already is fine.
+
+    `undoing`: the instance was not finished. What bears another host's mark was in its way,
+    so it stays, and the record goes all the same.
 
     Raises:
         BackendError: a disk cannot be removed.
@@ -43,5 +52,10 @@ def remove_disks(host: Host, record: InstanceRecord, cancellation: Cancellation)
     """
     home = Home(uuid=record.uuid, directory=host.instances.directory_of(record.uuid))
     for disk in record.every_disk:
-        host.backends[disk.backend].remove(disk, home, cancellation)
+        try:
+            host.backends[disk.backend].remove(disk, home, cancellation)
+        except HeldElsewhere as e:
+            if not undoing:
+                raise
+            LOG.warning("undoing instance %s: %s", record.name, e.message)
     host.instances.remove(record.uuid)

@@ -15,6 +15,7 @@ import pytest
 from lxml import etree
 
 from agent import ceph_bindings
+from agent.backends import HeldElsewhere
 from agent.backends.rbd import Rbd
 from agent.base import Base
 from agent.cancellation import Cancellation
@@ -134,9 +135,10 @@ def test_disk_of_another_host_is_neither_used_nor_removed(site: RbdSite, ceph: C
         site.backend.prepare(disk, content, Cancellation())
     with pytest.raises(BackendError, match="in the way"):
         site.backend.grow(disk, 16 * MIB)
-    site.backend.remove(disk, site.home, Cancellation())
+    with pytest.raises(HeldElsewhere, match=rf"was not removed.* rbd image-meta set {disk.path}"):
+        site.backend.remove(disk, site.home, Cancellation())
     assert site.found() == {disk.path.name}
-    # What the error says helps.
+    # What the errors say helps.
     ceph.rbd("image-meta", "set", f"{POOL}/{disk.path.name}", "bootwright.host", "host-1")
     site.backend.prepare(disk, content, Cancellation())
     site.backend.remove(disk, site.home, Cancellation())

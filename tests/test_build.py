@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.backends import Backends
+from agent.backends import Backends, HeldElsewhere
 from agent.backends.flat import Flat
 from agent.backends.qcow2 import Qcow2
 from agent.backends.rbd import Rbd
@@ -40,7 +40,7 @@ from agent.recorder import Recorder
 from agent.removal import remove_instance
 from agent.report import JobReport, Status
 from tests.cache_kit import CacheKit, Source, random_bytes
-from tests.fake_ceph import FakeCeph
+from tests.fake_ceph import FakeCeph, FakeImage
 
 TEMPLATE = "<domain><os><type>hvm</type></os></domain>"
 BROKEN_TEMPLATE = "<domain><name>somebody else</name></domain>"
@@ -216,19 +216,55 @@ def ceph(site: Site, tmp_path: Path) -> FakeCeph:
     """Keeps disks of the site."""
     ceph = FakeCeph()
     ceph.keyring(tmp_path / "keyring", "bootwright", "key")
+    name_host(site, ceph, "host-1")
+    return ceph
+
+
+def name_host(site: Site, ceph: FakeCeph, name: str) -> None:
     rbd = Rbd(
         Cluster(None, "bootwright", connect_timeout_s=5, bindings=ceph.bindings()),
-        host="host-1",
+        host=name,
         pool="vms",
         secret_uuid=None,
         share_key=lambda _uuid, _usage, _key: None,
-        scratch=tmp_path,
+        scratch=site.kit.directory,
         clone_pools=(),
         busy_retries=1000,
         busy_interval_s=60,
     )
     site.host = replace(site.host, backends=Backends({ImagesType.RBD: rbd, ImagesType.RAW: Flat()}))
-    return ceph
+
+
+def test_delete_on_a_host_with_another_host_id_forgets_no_disk(site: Site, ceph: FakeCeph) -> None:
+    site.run(action="prepare", images_type="rbd")
+    record = site.kit.instances.find(site.uuid)
+
+    name_host(site, ceph, "renamed")
+    with pytest.raises(HeldElsewhere, match=r"host-1 has made it .* this is host renamed") as error:
+        remove_instance(site.host, record, Cancellation())
+    assert error.value.code == "BackendError"
+    assert site.kit.instances.find(site.uuid) == record
+    assert set(ceph.pools["vms"]) == {f"{site.uuid}_disk"}
+
+    name_host(site, ceph, "host-1")
+    remove_instance(site.host, record, Cancellation())
+    assert site.kit.instances.all() == []
+    assert ceph.pools["vms"] == {}
+
+
+def test_boot_with_the_uuid_of_another_hosts_instance_is_undone_and_leaves_its_disk(
+    site: Site, ceph: FakeCeph, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = ceph.pools["vms"][f"{site.uuid}_disk"] = FakeImage(1 << 20)
+    theirs.metadata.update({"bootwright.host": "host-2", "bootwright.instance": site.uuid})
+
+    with pytest.raises(HeldElsewhere, match="in the way"):
+        site.run(action="prepare", images_type="rbd")
+
+    assert site.kit.instances.all() == []
+    assert not site.directory.exists()
+    assert ceph.pools["vms"] == {f"{site.uuid}_disk": theirs}
+    assert f"undoing instance {site.name}" in caplog.text
 
 
 @pytest.mark.parametrize("cancelled", [False, True])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.backends import HeldElsewhere
 from agent.backends.rbd import Rbd
 from agent.base import Base
 from agent.cancellation import Cancellation
@@ -208,9 +209,7 @@ def test_content_that_cannot_be_written_is_told(
     assert site.found() == set()
 
 
-def test_two_hosts_with_one_pool_keep_out_of_each_others_disks(
-    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_hosts_with_one_pool_keep_out_of_each_others_disks(site: Site, tmp_path: Path) -> None:
     other = make_site(site.ceph, tmp_path, host="host-2")
     content = base(site)
     disk = prepared(site, content)
@@ -219,9 +218,19 @@ def test_two_hosts_with_one_pool_keep_out_of_each_others_disks(
         prepared(other, content)
     with pytest.raises(BackendError, match="in the way"):
         other.backend.grow(disk, 16 * MIB)
-    other.backend.remove(disk, other.home, Cancellation())
-    assert "left alone" in caplog.text
+    with pytest.raises(HeldElsewhere, match="was not removed: host host-1 has made it"):
+        other.backend.remove(disk, other.home, Cancellation())
     assert site.read(disk).startswith(b"guest")
+    assert site.found() == {disk.path.name}
+
+
+def test_image_that_no_agent_has_made_is_no_reason_to_keep_an_instance(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = planned(site, base(site))
+    site.occupy(disk)
+    site.backend.remove(disk, site.home, Cancellation())
+    assert "left alone" in caplog.text
     assert site.found() == {disk.path.name}
 
 

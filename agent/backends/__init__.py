@@ -10,13 +10,21 @@ from typing import Protocol
 from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.disk import Disk, DiskType, Home, RbdAccess
-from agent.errors import InvalidJob
+from agent.errors import BackendError, InvalidJob
 from agent.image import Image
 from agent.job import ImagesType
 from agent.report import Role
 
 Write = Callable[[int], None]
 """Puts the content of a disk into an empty, sparse, raw file of its size, given by descriptor."""
+
+
+class HeldElsewhere(BackendError):
+    """The instance's disk bears the mark of another host, or of this one's earlier name."""
+
+    @property
+    def code(self) -> str:
+        return BackendError.__name__
 
 
 class Backend(Protocol):
@@ -80,6 +88,7 @@ class Backend(Protocol):
         What can be done at once is done, whatever the cancellation says.
 
         Raises:
+            HeldElsewhere: nothing was removed.
             BackendError: it is not a disk of this instance; nothing was removed. Or it could
                 not be removed.
             BootwrightError: the reason of the cancellation; what is left goes with the next call.

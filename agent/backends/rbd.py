@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final
 
-from agent.backends import Write, disk_file
+from agent.backends import HeldElsewhere, Write, disk_file
 from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.ceph import Cluster, Connection
@@ -208,7 +208,7 @@ class Rbd:
         if owner == self._owner(disk):
             return True
         if owner.host and owner.instance:
-            raise BackendError(
+            raise HeldElsewhere(
                 f"{disk.path} is in the way: host {owner.host} has made it for instance "
                 f"{owner.instance}, and this is host {self._host}",
                 "boot under another uuid; or, if that host is no more and the instance's directory "
@@ -246,14 +246,26 @@ class Rbd:
                 f"{disk.path} is no disk of instance {home.uuid} in pool {self._pool} and was not "
                 "removed"
             )
-        self._cluster.call(lambda ceph: self._remove_all(ceph, disk, cancellation))
+        self._cluster.call(lambda ceph: self._remove_all(ceph, disk, home, cancellation))
 
-    def _remove_all(self, ceph: Connection, disk: Disk, cancellation: Cancellation) -> None:
+    def _remove_all(
+        self, ceph: Connection, disk: Disk, home: Home, cancellation: Cancellation
+    ) -> None:
         with ceph.pool(self._pool) as pool:
             self._remove(pool, self._unfinished(disk), cancellation)
             owner = pool.owner(disk.path.name)
             if owner == self._owner(disk):
                 self._remove(pool, disk.path.name, cancellation)
+            elif owner is not None and owner.host and owner.instance == home.uuid:
+                # Forgotten here, a disk of an earlier host_id would be known to nobody.
+                raise HeldElsewhere(
+                    f"{disk.path} was not removed: host {owner.host} has made it for this "
+                    f"instance, and this is host {self._host}",
+                    "if that is this host's earlier host_id, or that host is no more: rbd "
+                    f"image-meta set {disk.path} bootwright.host {self._host}, and delete the "
+                    f"instance again; if the instance is that host's: remove {home.directory} and "
+                    "restart the agent",
+                )
             elif owner is not None:
                 LOG.warning("%s is left alone: this host's agent has not made it", disk.path)
 
