@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent import files
-from agent.write_path import BLOCK
+from agent.write_path import BLOCK, write_all
 
 MAGIC = b"QFI\xfb"
 MAX_VIRTUAL_SIZE = 64 << 40
@@ -307,6 +307,6 @@ def create_overlay(
     ))  # fmt: skip
     with files.replacing(target, needed=3 * BLOCK, what="creating the qcow2 disk", mode=mode) as fd:
         os.ftruncate(fd, clusters * cluster)
-        os.pwrite(fd, header, 0)
-        os.pwrite(fd, struct.pack(">Q", 2 * cluster), cluster)
-        os.pwrite(fd, struct.pack(">H", 1) * clusters, 2 * cluster)
+        write_all(fd, memoryview(header), 0)
+        write_all(fd, memoryview(struct.pack(">Q", 2 * cluster)), cluster)
+        write_all(fd, memoryview(struct.pack(">H", 1) * clusters), 2 * cluster)

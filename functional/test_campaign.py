@@ -28,7 +28,7 @@ from functional.harness.fault_proxy import Answer, Fault, FaultProxy
 from functional.harness.glance import Glance
 from functional.harness.libvirtd import PrivateLibvirtd
 from functional.harness.mounts import small_file_system
-from functional.harness.steps import ALL, Action, Kind, Trouble
+from functional.harness.steps import ALL, Action, Kind, Steps, Trouble
 
 MIB: Final = 1 << 20
 WHOLE: Final = os.environ.get("BOOTWRIGHT_CAMPAIGN") == "whole"
@@ -182,6 +182,34 @@ def a_few(steps: int, name: str, trouble: str) -> list[int]:
         # The last of them is of the journal, and comes when all is done but to say so.
         return list(range(max(1, steps - 2), steps + 1))
     return [1 + (2 * number + 1) * steps // (2 * wanted) for number in range(wanted)]
+
+
+OVERLAY: Final = """
+import sys
+from pathlib import Path
+from agent.qcow2 import create_overlay
+create_overlay(
+    Path(sys.argv[1], "disk"), virtual_size=1 << 30, backing_file=Path("/base"),
+    backing_format="raw",
+)
+"""
+
+
+def test_each_short_write_of_an_overlay_is_gone_on_with(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    steps = Steps(tmp_path / "steps", below=[place])
+    environment = {**os.environ, **steps.environment}
+    made = set()
+    for at in range(10):
+        steps.arm(0, TROUBLES["short"], at=at)
+        subprocess.run([sys.executable, "-c", OVERLAY, place], env=environment, check=True)
+        hit = steps.disarm().hit
+        made.add((place / "disk").read_bytes())
+        assert len(made) == 1, hit
+        if at and hit is None:
+            break
+    assert at > 1, "nothing was written"
 
 
 def test_a_kill_at_any_instant_under_load_costs_nothing(
