@@ -121,6 +121,18 @@ def test_removed_disk_leaves_nothing_on_its_blocks(plain: VolumeSite, clear: Cle
     assert not on_the_blocks(mark)
 
 
+def test_wiping_ends_with_the_job_and_goes_on_later(plain: VolumeSite) -> None:
+    disk = generated(plain, mark := b"secret of a guest" + os.urandom(16))
+    cancellation = Cancellation()
+    cancellation.cancel(Cancelled("enough"))
+    with pytest.raises(Cancelled):
+        plain.backend.remove(disk, plain.home, cancellation)
+    assert plain.found() == {f"{disk.path.name}+old"}
+    plain.backend.tidy(Cancellation())
+    assert plain.found() == set()
+    assert not on_the_blocks(mark)
+
+
 def test_wiping_can_be_left_out_and_the_next_disk_shows_nothing_all_the_same(
     plain: VolumeSite,
 ) -> None:
