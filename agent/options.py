@@ -61,7 +61,8 @@ _DEFAULT: Final[list[cfg.Opt]] = [
             ("none", "when the guest writes to it"),
             ("space", "when the disk is made, all of it; for qcow2 and raw disks"),
         ],
-        help="When the space of a disk is taken from the filesystem.",
+        help="When the space of a disk is taken from the filesystem. With space a raw disk shares "
+        "no blocks with its base.",
     ),
     cfg.StrOpt(
         "default_ephemeral_format",
