@@ -38,6 +38,7 @@ from agent.errors import (
     InvalidJob,
 )
 from agent.hardware import Hardware
+    FlavorDiskSmallerThanImage,
 from agent.host import Host
 from agent.image import Image
 from agent.image_hardware import on_host, warn_of_unknown
@@ -102,9 +103,12 @@ def _rebuild(change: Change, record: InstanceRecord, acquisition: Acquisition) -
     images = acquisition.resolve(wanted) if plan is None else acquisition.resolve_again(plan.origin)
     if plan is None:
         _require_possible(change, record, images[Role.ROOT])
-    bases = acquisition.acquire(
-        images, images_type=record.root.backend, max_virtual_size=record.root.virtual_size
-    )
+    try:
+        bases = acquisition.acquire(
+            images, images_type=record.root.backend, max_virtual_size=record.root.virtual_size
+        )
+    except FlavorDiskSmallerThanImage as e:
+        raise FlavorDiskSmallerThanImage(e.message, _how_to_have(record, "DISK_GIB")) from e
     root = bases[Role.ROOT]
     recorder.note(image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin))
     recorder.phase(TaskState.REBUILDING)
@@ -135,7 +139,8 @@ def _require_possible(change: Change, record: InstanceRecord, image: Image) -> N
         raise FlavorDiskSmallerThanMinDisk(
             f"image {image.id} asks for a disk of {image.min_disk} GiB (min_disk), the root disk "
             f"of instance {record.name} has {size} bytes",
-            f"resize it first: bootwright instance resize {record.name}",
+            f"resize it first: bootwright instance resize {record.name} "
+            f"--flavor {vcpus(xml)}x{image.min_ram}x0",
         )
     has_config_drive = any(disk.role is Role.CONFIG_DRIVE for disk in record.disks)
     if image.properties.get("img_config_drive") == "mandatory" and not has_config_drive:
@@ -155,7 +160,7 @@ def _require_possible(change: Change, record: InstanceRecord, image: Image) -> N
         raise InvalidJob(
             f"image {image.id} asks for {image.min_ram} MiB of memory (min_ram), instance "
             f"{record.name} has {ram} MiB",
-            f"resize it first: bootwright instance resize {record.name}",
+            _how_to_have(record, f"{image.min_disk}"),
         )
     if not record.own_domain:
         return
@@ -182,6 +187,16 @@ def _planned(
 
     base = bases[Role.ROOT]
     root = _beside(
+def _how_to_have(record: InstanceRecord, gib: str) -> str:
+    """Return a hint: how the instance comes to a root disk of so many GiB."""
+    if record.root.read_only:
+        return (
+            "a CD-ROM cannot grow: delete the instance and boot it anew with a flavor with "
+            f"disk: {gib} or more"
+        )
+    return f"resize it first: bootwright instance resize {record.name} --flavor VCPUSxRAM_MIBx{gib}"
+
+
         taken,
         "disk",
         lambda name: backends[old.backend].plan(home, Role.ROOT, name, base, old.virtual_size),

@@ -17,6 +17,8 @@ from agent.domain_changes import sources_of
 from agent.errors import (
     AgentStopping,
     Cancelled,
+    FlavorDiskSmallerThanImage,
+    FlavorDiskSmallerThanMinDisk,
     HypervisorError,
     ImageUnacceptable,
     InvalidJob,
@@ -113,6 +115,42 @@ def test_rebuild_keeps_a_kernel_of_the_owners_own(site: Site) -> None:
     rebuild(site.host, request, recorder, Cancellation())
     xml = etree.fromstring(site.hypervisor.xml(site.uuid).encode())
     assert xml.findtext("os/kernel") == "/boot/mine"
+
+
+def test_root_disk_that_is_too_small_for_the_image_is_said_to_grow_how(site: Site) -> None:
+    site.run()
+    image_id = second_image(site)
+    source = site.kit.source
+    source.images[image_id] = dataclasses.replace(source.images[image_id], min_disk=3)
+    request, recorder = accepted(site, "rebuild", image={"id": image_id})
+    with pytest.raises(FlavorDiskSmallerThanMinDisk) as caught:
+        rebuild(site.host, request, recorder, Cancellation())
+    assert caught.value.hint.endswith(f"resize {site.name} --flavor VCPUSxRAM_MIBx3")
+
+
+def test_root_disk_that_cannot_hold_the_image_is_said_to_grow_how(site: Site) -> None:
+    site.run()
+    known = record(site)
+    small = dataclasses.replace(known.root, virtual_size=512)
+    site.kit.instances.write(dataclasses.replace(known, disks=(small,)))
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
+    with pytest.raises(FlavorDiskSmallerThanImage) as too_large:
+        rebuild(site.host, request, recorder, Cancellation())
+    assert too_large.value.hint.endswith(f"resize {site.name} --flavor VCPUSxRAM_MIBxDISK_GIB")
+
+
+def test_cd_rom_that_is_too_small_for_the_image_is_not_said_to_grow(site: Site) -> None:
+    site.run(libvirt={})
+    known = record(site)
+    cdrom = dataclasses.replace(known.root, device="cdrom", read_only=True)
+    site.kit.instances.write(dataclasses.replace(known, disks=(cdrom,)))
+    image_id = second_image(site)
+    source = site.kit.source
+    source.images[image_id] = dataclasses.replace(source.images[image_id], min_disk=3)
+    request, recorder = accepted(site, "rebuild", image={"id": image_id})
+    with pytest.raises(FlavorDiskSmallerThanMinDisk) as caught:
+        rebuild(site.host, request, recorder, Cancellation())
+    assert "boot it anew with a flavor with disk: 3 or more" in caught.value.hint
 
 
 class Refusing(Hypervisor):
