@@ -118,6 +118,17 @@ def kernel_of(xml: str) -> Path | None:
     return None if text is None else Path(text)
 
 
+def keeps_state(xml: str) -> bool:
+    """Whether libvirt keeps something of a domain that is off: variables of firmware, a TPM."""
+    domain = etree.fromstring(xml.encode())
+    emulated = domain.find("devices/tpm/backend[@type='emulator']")
+    stateless = domain.find("os/loader[@stateless='yes']")
+    return emulated is not None or (
+        domain.find("os/nvram") is not None
+        or (domain.find("os[@firmware='efi']") is not None and stateless is None)
+    )
+
+
 def _drop(domain: etree._Element, paths: Collection[str]) -> None:
     for path in paths:
         for element in domain.findall(path):

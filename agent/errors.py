@@ -27,7 +27,7 @@ answer, so a name, once released, never changes.
 """
 
 import re
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 _UNPRINTABLE: Final = re.compile(
     # Controls; what turns the direction of a line around; halves of characters.
@@ -61,6 +61,10 @@ class BootwrightError(Exception):
     @property
     def code(self) -> str:
         return type(self).__name__
+
+    def and_also(self, fact: str) -> Self:
+        """Return the same error, whose message tells that too."""
+        return type(self)(f"{self.message}; {fact}", self.hint)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

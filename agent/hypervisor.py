@@ -339,9 +339,10 @@ class Hypervisor:
         self._work(f"discarding the saved state of domain {uuid} at", work)
 
     def undefine(self, uuid: str) -> None:
-        """Make libvirt forget a domain, with its NVRAM, managed save, snapshots and checkpoints.
+        """Make libvirt forget a domain, with its managed save, snapshots and checkpoints.
 
-        The files of its disks stay. One that is not there is no error.
+        What its firmware and its TPM have kept goes too, the files of its disks stay. One
+        that is not there is no error.
         """
 
         def work(connection: Connection) -> None:
@@ -350,20 +351,19 @@ class Hypervisor:
 
         self._work(f"undefining domain {uuid} at", work)
 
-    def define_anew(self, uuid: str, before: str, xml: str) -> None:
-        """Define a domain that does not run without what its firmware and its TPM have kept.
+    def starts_with_host(self, uuid: str) -> bool:
+        return bool(
+            self._look(
+                f"asking whether the host starts domain {uuid} of",
+                lambda connection: connection.lookupByUUIDString(uuid).autostart(),
+            )
+        )
 
-        `before`: the domain that they belong to; libvirt forgets them with it. Whether it
-        starts with the host stays.
-        """
-
-        def work(connection: Connection) -> None:
-            domain = connection.defineXML(before)
-            starts_with_host = domain.autostart()
-            _undefine(domain)
-            connection.defineXML(xml).setAutostart(starts_with_host)
-
-        self._work(f"defining domain {uuid} anew at", work)
+    def set_starts_with_host(self, uuid: str, *, wanted: bool) -> None:
+        self._work(
+            f"saying whether the host starts domain {uuid} to",
+            lambda connection: connection.lookupByUUIDString(uuid).setAutostart(wanted),
+        )
 
     def close(self) -> None:
         """Give up the connection; the next call opens another."""

@@ -62,6 +62,10 @@ class Rebuild:
     domain_xml: str | None
     """The domain as it was; None if it had none."""
     was_running: bool
+    anew: bool = False
+    """Whether libvirt has been told to forget the domain, or is about to be."""
+    starts_with_host: bool = False
+    """The domain as it was; known if it is made anew."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

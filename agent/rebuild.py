@@ -13,6 +13,11 @@ has started on the new one:
 
 Until it is recorded a rebuild that fails leaves the instance as it was; one that
 a crash interrupts goes on in either case.
+
+There is one thing that does not come back. libvirt has one place for what the
+firmware and the TPM of a domain keep, so what does not fit the new hardware has to
+go before the new domain starts. If that fails the old domain begins with none of
+it, and the job's error says so.
 """
 
 import logging
@@ -33,12 +38,12 @@ from agent.errors import (
     AgentStopping,
     BackendError,
     BootwrightError,
+    FlavorDiskSmallerThanImage,
     FlavorDiskSmallerThanMinDisk,
     ImageUnacceptable,
     InvalidJob,
 )
 from agent.hardware import Hardware
-    FlavorDiskSmallerThanImage,
 from agent.host import Host
 from agent.image import Image
 from agent.image_hardware import on_host, warn_of_unknown
@@ -52,6 +57,11 @@ LOG = logging.getLogger(__name__)
 
 _REPLACED = (Role.KERNEL, Role.RAMDISK, Role.ROOT)
 
+_LOST = (
+    "what the instance's firmware and TPM had kept is gone: its disks are as they were, but what "
+    "is sealed with that TPM asks for its recovery key"
+)
+
 
 def rebuild(
     host: Host, request: JobRequest, recorder: Recorder, cancellation: Cancellation
@@ -62,7 +72,8 @@ def rebuild(
         InvalidJob: the instance is being rescued, or the image does not go with its domain.
         FlavorDiskSmallerThanImage: the root disk cannot hold the image.
         BackendError: the old disks are in the way; if so it is said that the new one is in place.
-        BootwrightError: it failed; with `on_failure: cleanup` all is as before.
+        BootwrightError: it failed; with `on_failure: cleanup` all is as before, but for what
+            the error says of firmware and TPM.
     """
     change = Change(host, request, recorder, cancellation)
     with change.held() as held:
@@ -76,9 +87,12 @@ def rebuild(
                 record = _rebuild(change, record, acquisition)
             except AgentStopping:
                 raise
-            except Exception:
+            except Exception as e:
+                lost = _has_lost_state(change)
                 if request.on_failure is OnFailure.CLEANUP:
                     _undo(change, cancellation.undoing())
+                if lost and isinstance(e, BootwrightError):
+                    raise e.and_also(_LOST) from e
                 raise
             finally:
                 acquisition.release()
@@ -139,8 +153,7 @@ def _require_possible(change: Change, record: InstanceRecord, image: Image) -> N
         raise FlavorDiskSmallerThanMinDisk(
             f"image {image.id} asks for a disk of {image.min_disk} GiB (min_disk), the root disk "
             f"of instance {record.name} has {size} bytes",
-            f"resize it first: bootwright instance resize {record.name} "
-            f"--flavor {vcpus(xml)}x{image.min_ram}x0",
+            _how_to_have(record, f"{image.min_disk}"),
         )
     has_config_drive = any(disk.role is Role.CONFIG_DRIVE for disk in record.disks)
     if image.properties.get("img_config_drive") == "mandatory" and not has_config_drive:
@@ -160,7 +173,8 @@ def _require_possible(change: Change, record: InstanceRecord, image: Image) -> N
         raise InvalidJob(
             f"image {image.id} asks for {image.min_ram} MiB of memory (min_ram), instance "
             f"{record.name} has {ram} MiB",
-            _how_to_have(record, f"{image.min_disk}"),
+            f"resize it first: bootwright instance resize {record.name} "
+            f"--flavor {vcpus(xml)}x{image.min_ram}x0",
         )
     if not record.own_domain:
         return
@@ -171,6 +185,16 @@ def _require_possible(change: Change, record: InstanceRecord, image: Image) -> N
             "domain is its owner's own",
             "delete the instance and boot it anew, or take an image with the same properties",
         )
+
+
+def _how_to_have(record: InstanceRecord, gib: str) -> str:
+    """Return a hint: how the instance comes to a root disk of so many GiB."""
+    if record.root.read_only:
+        return (
+            "a CD-ROM cannot grow: delete the instance and boot it anew with a flavor with "
+            f"disk: {gib} or more"
+        )
+    return f"resize it first: bootwright instance resize {record.name} --flavor VCPUSxRAM_MIBx{gib}"
 
 
 def _planned(
@@ -187,16 +211,6 @@ def _planned(
 
     base = bases[Role.ROOT]
     root = _beside(
-def _how_to_have(record: InstanceRecord, gib: str) -> str:
-    """Return a hint: how the instance comes to a root disk of so many GiB."""
-    if record.root.read_only:
-        return (
-            "a CD-ROM cannot grow: delete the instance and boot it anew with a flavor with "
-            f"disk: {gib} or more"
-        )
-    return f"resize it first: bootwright instance resize {record.name} --flavor VCPUSxRAM_MIBx{gib}"
-
-
         taken,
         "disk",
         lambda name: backends[old.backend].plan(home, Role.ROOT, name, base, old.virtual_size),
@@ -256,8 +270,17 @@ def _switch(change: Change, old: InstanceRecord, new: InstanceRecord, plan: Rebu
     hypervisor.destroy(change.uuid)
     # Its memory knows the old disk, and would be written to the new one.
     hypervisor.discard_saved_state(change.uuid)
-    if had is None or had.nonvolatile not in (None, hardware.nonvolatile):
-        hypervisor.define_anew(change.uuid, before, xml)
+    if not plan.anew and (had is None or had.nonvolatile != hardware.nonvolatile):
+        kept = hypervisor.starts_with_host(change.uuid)
+        plan = replace(plan, anew=True, starts_with_host=kept)
+        change.save(replace(old, rebuild=plan))
+    if plan.anew:
+        # With the old domain goes what its firmware and its TPM have kept. Each step is a
+        # call of its own: none follows one that was given up.
+        hypervisor.define(before)
+        hypervisor.undefine(change.uuid)
+        hypervisor.define(xml)
+        hypervisor.set_starts_with_host(change.uuid, wanted=plan.starts_with_host)
     if plan.was_running:
         hypervisor.start(change.uuid)
 
@@ -357,13 +380,29 @@ def _reverted(
     if plan.domain_xml is not None:
         if _runs_on(change, _rebuilt(record, plan).root):
             hypervisor.destroy(change.uuid)
+        if plan.anew and not is_running(hypervisor.state(change.uuid)):
+            # What the new domain's firmware and TPM may have kept is of no use to the old one.
+            hypervisor.undefine(change.uuid)
         hypervisor.define(plan.domain_xml)
+        if plan.anew:
+            hypervisor.set_starts_with_host(change.uuid, wanted=plan.starts_with_host)
         if plan.was_running:
             hypervisor.start(change.uuid)
     for disk in plan.disks:
         if disk.role in _REPLACED:
             change.host.backends[disk.backend].remove(disk, change.home, cancellation)
     return change.save(replace(record, rebuild=None))
+
+
+def _has_lost_state(change: Change) -> bool:
+    record = change.host.instances.get(change.uuid)
+    plan = None if record is None else record.rebuild
+    return (
+        plan is not None
+        and plan.anew
+        and plan.domain_xml is not None
+        and domain_changes.keeps_state(plan.domain_xml)
+    )
 
 
 def _undo(change: Change, cancellation: Cancellation) -> None:

@@ -265,6 +265,28 @@ def secure_image(glance: Glance, images: Images, other: Variant) -> str:
     return glance.upload(other.root, disk_format="raw", properties=properties)
 
 
+def test_a_rebuild_whose_start_fails_tells_what_firmware_and_tpm_have_lost(
+    agent: Agent, glance: Glance, other: Variant, secure_image: str, libvirtd: PrivateLibvirtd
+) -> None:
+    boot(agent, secure_image)
+    libvirtd.virsh("autostart", NAME)
+    before = agent.json("instance", "show", NAME), libvirtd.virsh("dumpxml", NAME, "--inactive")
+    # libvirt takes that down, and finds at the start that this host has none.
+    properties = {"hw_mem_page_size": "1GB"}
+    image_id = glance.upload(other.root, disk_format="raw", properties=properties)
+
+    failed = agent.run("instance", "rebuild", NAME, "--image", image_id)
+
+    assert failed.returncode == 1
+    assert "HypervisorError" in failed.stderr
+    assert "TPM had kept is gone" in failed.stderr
+    after = agent.json("instance", "show", NAME), libvirtd.virsh("dumpxml", NAME, "--inactive")
+    assert after == before
+    assert domain(libvirtd).xpath("devices/tpm/@model") == ["tpm-crb"]
+    assert len(libvirtd.kept()) == 2
+    assert libvirtd.virsh("list", "--autostart", "--name").strip() == NAME
+
+
 def test_rebuilt_instance_has_the_hardware_its_new_image_asks_for(
     agent: Agent, images: Images, guest: Guest, secure_image: str, libvirtd: PrivateLibvirtd
 ) -> None:

@@ -134,9 +134,9 @@ def test_root_disk_that_cannot_hold_the_image_is_said_to_grow_how(site: Site) ->
     small = dataclasses.replace(known.root, virtual_size=512)
     site.kit.instances.write(dataclasses.replace(known, disks=(small,)))
     request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
-    with pytest.raises(FlavorDiskSmallerThanImage) as too_large:
+    with pytest.raises(FlavorDiskSmallerThanImage) as caught:
         rebuild(site.host, request, recorder, Cancellation())
-    assert too_large.value.hint.endswith(f"resize {site.name} --flavor VCPUSxRAM_MIBxDISK_GIB")
+    assert caught.value.hint.endswith(f"resize {site.name} --flavor VCPUSxRAM_MIBxDISK_GIB")
 
 
 def test_cd_rom_that_is_too_small_for_the_image_is_not_said_to_grow(site: Site) -> None:
@@ -297,6 +297,72 @@ def test_instance_whose_new_disk_does_not_start_runs_on_its_old_one(
     assert site.hypervisor.state(site.uuid) == "running"
 
 
+def with_uefi(site: Site) -> None:
+    """Boot an instance whose firmware has variables, which starts with the host."""
+    site.kit.source.images[site.image.id] = dataclasses.replace(
+        site.image, properties={"hw_firmware_type": "uefi"}
+    )
+    site.run(libvirt={})
+    site.hypervisor.set_starts_with_host(site.uuid, wanted=True)
+
+
+def test_variables_of_the_firmware_that_a_failed_rebuild_had_to_give_up_are_told_of(
+    site: Site, refusing: Refusing
+) -> None:
+    with_uefi(site)
+    before = record(site), site.hypervisor.xml(site.uuid), files(site)
+    refusing.refused = str(site.directory / "disk.rebuilt")
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
+
+    with pytest.raises(HypervisorError, match=r"QEMU says no; .* TPM had kept is gone"):
+        rebuild(
+            dataclasses.replace(site.host, hypervisor=refusing), request, recorder, Cancellation()
+        )
+
+    assert (record(site), site.hypervisor.xml(site.uuid), files(site)) == before
+    assert site.hypervisor.state(site.uuid) == "running"
+    assert site.hypervisor.starts_with_host(site.uuid)
+
+
+def test_instance_whose_firmware_gets_its_first_variables_has_lost_none(
+    site: Site, refusing: Refusing
+) -> None:
+    site.run(libvirt={})
+    refusing.refused = str(site.directory / "disk.rebuilt")
+    image_id = second_image(site, hw_firmware_type="uefi")
+    request, recorder = accepted(site, "rebuild", image={"id": image_id})
+    with pytest.raises(HypervisorError, match=r"QEMU says no$"):
+        rebuild(
+            dataclasses.replace(site.host, hypervisor=refusing), request, recorder, Cancellation()
+        )
+
+
+class Forgetful(Hypervisor):
+    """The agent is gone as soon as a domain is undefined."""
+
+    def undefine(self, uuid: str) -> None:
+        super().undefine(uuid)
+        raise AgentStopping("enough")
+
+
+def test_domain_that_a_crash_has_left_undefined_starts_with_its_host_as_before(site: Site) -> None:
+    with_uefi(site)
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
+    forgetful = Forgetful("test:///default", virt_type="test")
+    with pytest.raises(AgentStopping):
+        rebuild(
+            dataclasses.replace(site.host, hypervisor=forgetful), request, recorder, Cancellation()
+        )
+    forgetful.close()
+    assert site.hypervisor.state(site.uuid) is None
+
+    rebuild(site.host, request, Recorder(site.journal, queued(site, recorder)), Cancellation())
+
+    assert site.hypervisor.state(site.uuid) == "running"
+    assert site.hypervisor.starts_with_host(site.uuid)
+    assert sources_of(site.hypervisor.xml(site.uuid)) == {str(record(site).root.path)}
+
+
 def test_what_a_rebuild_has_left_half_done_goes_with_the_next(
     site: Site, refusing: Refusing
 ) -> None:
@@ -379,7 +445,7 @@ def test_domain_that_a_crash_has_left_undefined_comes_back_rebuilt(site: Site) -
     site.run()
     request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
     host = restarted(site, lambda host, stops: rebuild(host, request, recorder, stops))
-    # As between the two halves of `Hypervisor.define_anew`.
+    # As somebody does who looks for what is not running.
     site.hypervisor.destroy(site.uuid)
     site.hypervisor.undefine(site.uuid)
 

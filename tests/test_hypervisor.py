@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -74,21 +73,13 @@ def test_every_step_may_be_repeated(hypervisor: Hypervisor, defined: str) -> Non
     assert hypervisor.state(defined) is None
 
 
-def test_domain_that_is_defined_anew_starts_with_its_host_as_before(
+def test_whether_the_host_starts_a_domain_may_be_said_any_number_of_times(
     hypervisor: Hypervisor, defined: str
 ) -> None:
-    def starts_with_host(wanted: bool | None = None) -> bool:
-        def call(connection: Any) -> bool:
-            domain = connection.lookupByUUIDString(defined)
-            return bool(domain.autostart() if wanted is None else domain.setAutostart(wanted))
-
-        return hypervisor._libvirt.call("asking", call, 10)
-
-    before = hypervisor.xml(defined)
-    starts_with_host(wanted=True)
-    hypervisor.define_anew(defined, before, before.replace(">65536<", ">131072<"))
-    assert ">131072<" in hypervisor.xml(defined)
-    assert starts_with_host()
+    assert not hypervisor.starts_with_host(defined)
+    for wanted in (True, True, False, False):
+        hypervisor.set_starts_with_host(defined, wanted=wanted)
+        assert hypervisor.starts_with_host(defined) is wanted
 
 
 def test_definition_never_takes_over_a_name(hypervisor: Hypervisor, defined: str) -> None:
