@@ -255,7 +255,7 @@ class Hypervisor:
         """Make a disk of a running domain as large as that many bytes; its guest is told."""
 
         def work(connection: Connection) -> None:
-            domain = connection.lookupByUUIDString(uuid)
+            domain = self._wanted(connection, uuid)
             domain.blockResize(device_name, virtual_size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
 
         self._work(f"growing disk {device_name} of domain {uuid} at", work)
@@ -288,7 +288,7 @@ class Hypervisor:
         """Return when a defined domain has started; one that runs is left alone."""
 
         def work(connection: Connection) -> None:
-            domain = connection.lookupByUUIDString(uuid)
+            domain = self._wanted(connection, uuid)
             try:
                 # Without a look before: a domain that somebody else, such as
                 # an agent that is dead by now, is starting is active already.
@@ -308,7 +308,7 @@ class Hypervisor:
 
         def work(connection: Connection) -> None:
             with _passing_over_missing():
-                domain = connection.lookupByUUIDString(uuid)
+                domain = self._wanted(connection, uuid)
                 try:
                     domain.destroy()
                 except libvirt.libvirtError:
@@ -332,7 +332,7 @@ class Hypervisor:
 
         def work(connection: Connection) -> None:
             with _passing_over_missing():
-                domain = connection.lookupByUUIDString(uuid)
+                domain = self._wanted(connection, uuid)
                 if domain.hasManagedSaveImage(0):
                     domain.managedSaveRemove(0)
 
@@ -347,7 +347,7 @@ class Hypervisor:
 
         def work(connection: Connection) -> None:
             with _passing_over_missing():
-                _undefine(connection.lookupByUUIDString(uuid))
+                _undefine(self._wanted(connection, uuid))
 
         self._work(f"undefining domain {uuid} at", work)
 
@@ -362,12 +362,18 @@ class Hypervisor:
     def set_starts_with_host(self, uuid: str, *, wanted: bool) -> None:
         self._work(
             f"saying whether the host starts domain {uuid} to",
-            lambda connection: connection.lookupByUUIDString(uuid).setAutostart(wanted),
+            lambda connection: self._wanted(connection, uuid).setAutostart(wanted),
         )
 
     def close(self) -> None:
         """Give up the connection; the next call opens another."""
         self._libvirt.close()
+
+    def _wanted(self, connection: Connection, uuid: str) -> Domain:
+        """Return a domain that is to be changed, if somebody still waits for that."""
+        domain = connection.lookupByUUIDString(uuid)
+        self._libvirt.require_wanted()
+        return domain
 
     def _look(self, what: str, call: Callable[[Connection], T]) -> T:
         return self._libvirt.call(what, call, self._look_limit_s)

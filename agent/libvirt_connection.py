@@ -88,6 +88,7 @@ class Libvirt:
         self._connection: Connection | None = None
         self._lock = threading.Lock()
         self._places = threading.Semaphore(_CALLS)
+        self._of_thread = threading.local()
         # Without one libvirt writes each error to standard error as well.
         libvirt.registerErrorHandler(_say_nothing, None)
 
@@ -102,6 +103,8 @@ class Libvirt:
     def call(self, what: str, call: Callable[[Connection], T], limit_s: float) -> T:
         """Make `call` in a thread of its own and wait for it no longer than `limit_s`.
 
+        One of several steps asks `require_wanted` before a step that changes something.
+
         Raises:
             HypervisorError: libvirt is away, does not answer in time, or refuses.
         """
@@ -110,14 +113,17 @@ class Libvirt:
         outcome: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
         given_up = threading.Event()
 
-        def attempt(connection: Connection) -> T:
-            # Opening the connection, or the first attempt, took until nobody
-            # waits any more: a domain must not come up after it was said to fail.
+        def require_wanted() -> None:
             if given_up.is_set():
                 raise self._no_answer(what, limit_s)
+
+        def attempt(connection: Connection) -> T:
+            # Opening the connection, or the first attempt, may have taken too long.
+            require_wanted()
             return call(connection)
 
         def run() -> None:
+            self._of_thread.require_wanted = require_wanted
             try:
                 outcome.put(self._twice(attempt))
             except BaseException as e:  # noqa: BLE001 - raised again by who waits
@@ -147,6 +153,16 @@ class Libvirt:
                 raise result
             case _:
                 return result
+
+    def require_wanted(self) -> None:
+        """Return if somebody still waits for the call that this thread makes.
+
+        A domain must not come up after it was said to fail.
+
+        Raises:
+            HypervisorError: nobody does.
+        """
+        self._of_thread.require_wanted()
 
     def _twice(self, call: Callable[[Connection], T]) -> T:
         connection = self._connected()

@@ -15,6 +15,7 @@ import pytest
 
 from agent.errors import HypervisorError, InstanceExists, InvalidJob
 from agent.hypervisor import Hypervisor
+from agent.libvirt_connection import Connection, Libvirt
 
 MISSING = "00000000-0000-4000-8000-000000000000"
 
@@ -162,6 +163,28 @@ def test_what_was_said_to_have_failed_is_not_done_later(tmp_path: Path) -> None:
 
     assert slow.state(domain_uuid) is None
     slow.close()
+
+
+def test_step_of_a_call_that_was_given_up_is_not_followed_by_another() -> None:
+    answers = threading.Event()
+    stepped: list[str] = []
+    libvirtd = Libvirt("test:///default")
+
+    def steps(_connection: Connection) -> None:
+        answers.wait(20)
+        stepped.append("looked")
+        libvirtd.require_wanted()
+        stepped.append("changed")
+
+    libvirtd.call("connecting to", lambda connection: connection.getType(), 20)
+    with pytest.raises(HypervisorError, match="no answer"):
+        libvirtd.call("changing", steps, 1)
+    answers.set()
+    until_no_call_is_left()
+    assert stepped == ["looked"]
+    libvirtd.call("changing", steps, 20)
+    assert stepped == ["looked", "looked", "changed"]
+    libvirtd.close()
 
 
 def until_no_call_is_left() -> None:
