@@ -161,8 +161,10 @@ def test_trouble_at_any_step_costs_nothing(
     if name == "prune":
         ground = pruning_ground
     reference = ground.reference(scenarios[name])
+    steps = ground.count(trouble)
+    every = itertools.count(1) if steps else ()
     with table.row(name, trouble_name) as row:
-        for at in itertools.count(1) if WHOLE else a_few(ground.count(trouble), name, trouble_name):
+        for at in every if WHOLE else a_few(steps, name, trouble_name):
             taken, problem = ground.round(reference, trouble, at)
             row.note(f"step {at}", taken, problem)
             if row.misses == ENOUGH_MISSES:
