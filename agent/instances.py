@@ -64,6 +64,8 @@ class Rebuild:
     was_running: bool
     anew: bool = False
     """Whether libvirt has been told to forget the domain, or is about to be."""
+    forgotten: bool = False
+    """Whether it has: what libvirt keeps of the domain from now on is that of the new one."""
     starts_with_host: bool = False
     """The domain as it was; known if it is made anew."""
 

@@ -279,6 +279,9 @@ def _switch(change: Change, old: InstanceRecord, new: InstanceRecord, plan: Rebu
         # call of its own: none follows one that was given up.
         hypervisor.define(before)
         hypervisor.undefine(change.uuid)
+        # Not before: until then it is the old domain's, and no undoing may take that.
+        plan = replace(plan, forgotten=True)
+        change.save(replace(old, rebuild=plan))
         hypervisor.define(xml)
         hypervisor.set_starts_with_host(change.uuid, wanted=plan.starts_with_host)
     if plan.was_running:
@@ -348,6 +351,14 @@ def _runs_on(change: Change, root: Disk) -> bool:
     )
 
 
+def _is_defined_on(change: Change, root: Disk) -> bool:
+    """Whether what would start has that root disk."""
+    hypervisor = change.host.hypervisor
+    return hypervisor.state(change.uuid) is not None and (
+        str(root.path) in domain_changes.sources_of(hypervisor.xml(change.uuid))
+    )
+
+
 # Its end
 
 
@@ -378,9 +389,10 @@ def _reverted(
     """Bring back what was; done already is fine."""
     hypervisor = change.host.hypervisor
     if plan.domain_xml is not None:
-        if _runs_on(change, _rebuilt(record, plan).root):
+        root = _rebuilt(record, plan).root
+        if _runs_on(change, root):
             hypervisor.destroy(change.uuid)
-        if plan.anew and not is_running(hypervisor.state(change.uuid)):
+        if plan.forgotten and _is_defined_on(change, root):
             # What the new domain's firmware and TPM may have kept is of no use to the old one.
             hypervisor.undefine(change.uuid)
         hypervisor.define(plan.domain_xml)

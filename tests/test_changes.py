@@ -337,6 +337,122 @@ def test_instance_whose_firmware_gets_its_first_variables_has_lost_none(
         )
 
 
+class Keeping(Refusing):
+    """Keeps variables as QEMU's driver does: from a start until the domain is undefined."""
+
+    kept: str | None = None
+    """On which root disk the firmware was that has begun them."""
+    failure: Exception | None = None
+    """Comes once, instead of the definition of a domain on the old disk."""
+
+    def define(self, xml: str) -> None:
+        if self.failure is not None and "disk.rebuilt" not in xml:
+            failure, self.failure = self.failure, None
+            raise failure
+        super().define(xml)
+
+    def start(self, uuid: str) -> None:
+        (root,) = sources_of(self.xml(uuid))
+        self.kept = self.kept or Path(root).name
+        super().start(uuid)
+
+    def undefine(self, uuid: str) -> None:
+        super().undefine(uuid)
+        self.kept = None
+
+
+@pytest.fixture
+def keeping() -> Iterator[Keeping]:
+    hypervisor = Keeping("test:///default", virt_type="test")
+    hypervisor.kept = "since it was made"
+    yield hypervisor
+    hypervisor.close()
+
+
+def test_variables_that_nothing_has_touched_outlive_a_rebuild_that_fails(
+    site: Site, keeping: Keeping
+) -> None:
+    with_uefi(site)
+    keeping.failure = HypervisorError("defining: no answer")
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
+
+    with pytest.raises(HypervisorError, match="no answer"):
+        rebuild(
+            dataclasses.replace(site.host, hypervisor=keeping), request, recorder, Cancellation()
+        )
+
+    assert keeping.kept == "since it was made"
+    assert site.hypervisor.state(site.uuid) == "running"
+
+
+def test_variables_that_nothing_has_touched_outlive_a_crash_and_a_cancellation(
+    site: Site, keeping: Keeping
+) -> None:
+    with_uefi(site)
+    keeping.failure = AgentStopping("enough")
+    host = dataclasses.replace(site.host, hypervisor=keeping)
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
+    with pytest.raises(AgentStopping):
+        rebuild(host, request, recorder, Cancellation())
+    cancellation = Cancellation()
+    cancellation.cancel(Cancelled("enough"))
+
+    with pytest.raises(Cancelled):
+        rebuild(host, request, Recorder(site.journal, queued(site, recorder)), cancellation)
+
+    assert keeping.kept == "since it was made"
+    assert site.hypervisor.state(site.uuid) == "running"
+
+
+def test_variables_that_nothing_has_touched_outlive_the_next_rebuild(
+    site: Site, keeping: Keeping
+) -> None:
+    with_uefi(site)
+    keeping.failure = HypervisorError("defining: no answer")
+    host = dataclasses.replace(site.host, hypervisor=keeping)
+    image = {"id": second_image(site)}
+    request, recorder = accepted(site, "rebuild", image=image, on_failure="keep")
+    with pytest.raises(HypervisorError):
+        rebuild(host, request, recorder, Cancellation())
+
+    image = {"id": second_image(site, hw_firmware_type="uefi")}
+    request, recorder = accepted(site, "rebuild", image=image)
+    rebuild(host, request, recorder, Cancellation())
+
+    assert keeping.kept == "since it was made"
+
+
+def test_old_domain_does_not_get_the_variables_of_the_new_one(site: Site, keeping: Keeping) -> None:
+    with_uefi(site)
+    keeping.refused = str(site.directory / "disk.rebuilt")
+    host = dataclasses.replace(site.host, hypervisor=keeping)
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
+    with pytest.raises(HypervisorError, match="QEMU says no"):
+        rebuild(host, request, recorder, Cancellation())
+    assert keeping.kept == "disk"
+
+
+def test_variables_since_the_old_domain_is_back_are_kept(site: Site, keeping: Keeping) -> None:
+    with_uefi(site)
+    before = site.hypervisor.xml(site.uuid)
+    keeping.refused = str(site.directory / "disk.rebuilt")
+    host = dataclasses.replace(site.host, hypervisor=keeping)
+    image = {"id": second_image(site)}
+    request, recorder = accepted(site, "rebuild", image=image, on_failure="keep")
+    with pytest.raises(HypervisorError):
+        rebuild(host, request, recorder, Cancellation())
+    # Its owner goes back by hand.
+    keeping.define(before)
+    keeping.kept = "since it is back"
+    keeping.refused = None
+
+    image = {"id": second_image(site, hw_firmware_type="uefi")}
+    request, recorder = accepted(site, "rebuild", image=image)
+    rebuild(host, request, recorder, Cancellation())
+
+    assert keeping.kept == "since it is back"
+
+
 class Forgetful(Hypervisor):
     """The agent is gone as soon as a domain is undefined."""
 
