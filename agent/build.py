@@ -15,10 +15,12 @@ again from the start and passes quickly over what is done:
 A run whose domain runs already records that, and does nothing else.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
 from agent import domain_xml
 from agent.acquisition import Acquisition
@@ -28,7 +30,13 @@ from agent.change import is_running
 from agent.devices import assign_devices, assign_macs
 from agent.disk import DiskType, Home
 from agent.domain_xml import DomainSpec
-from agent.errors import AgentStopping, BootwrightError, FlavorDiskSmallerThanMinDisk, InvalidJob
+from agent.errors import (
+    AgentStopping,
+    BootwrightError,
+    FlavorDiskSmallerThanMinDisk,
+    HypervisorError,
+    InvalidJob,
+)
 from agent.hardware import Hardware
 from agent.host import Host
 from agent.image import Image
@@ -58,6 +66,10 @@ from agent.report import (
 )
 
 LOG = logging.getLogger(__name__)
+
+# After the host's start libvirt may answer later than the agent asks.
+_LIBVIRT_BACK_S: Final = 120.0
+_LIBVIRT_AGAIN_S: Final = 1.0
 
 
 class Build:
@@ -98,6 +110,9 @@ class Build:
         self._recorder.phase(TaskState.IMAGE_RESOLVING)
         try:
             instances.claim(uuid=self._uuid, name=self._name, job_id=self._job_id)
+            # Not within what is undone: as long as it is not known what there is, all stays.
+            if self._has_run():
+                return
             try:
                 self._run()
             except (AgentStopping, EndNotRecorded):
@@ -111,8 +126,6 @@ class Build:
             instances.release(self._job_id)
 
     def _run(self) -> None:
-        if self._has_run():
-            return
         # Not before `run`: what an earlier run made is to be undone then.
         self._cancellation.check()
         # Before a long fetch rather than after it.
@@ -147,14 +160,37 @@ class Build:
         known = self._known()
         if known is None or known.job_id != self._job_id or self._cancellation.cancelled:
             return False
-        if not (self._defines and self._request.libvirt.start):
+        if not (self._defines and self._request.libvirt.start) or not is_running(self._own_state()):
             return False
-        state = self._host.hypervisor.state(self._uuid)
+        # An agent that is dead by now may still be starting it: this waits for the end of that.
+        with contextlib.suppress(HypervisorError):
+            self._host.hypervisor.start(self._uuid)
+        state = self._own_state()
         if not is_running(state):
             return False
         self._recorder.note(disks=tuple(disk.report() for disk in known.disks))
         self._started(state)
         return True
+
+    def _own_state(self) -> str | None:
+        """Return the state of the domain that this job has defined, None if there is none.
+
+        Raises:
+            HypervisorError: libvirt does not come back, as it does some time after the host.
+            BootwrightError: the reason of the cancellation.
+        """
+        hypervisor, until = self._host.hypervisor, time.monotonic() + _LIBVIRT_BACK_S
+        while True:
+            try:
+                mark = hypervisor.metadata(self._uuid, domain_xml.NAMESPACE)
+                if mark is None or domain_xml.job_of(mark) != self._job_id:
+                    return None
+                return hypervisor.state(self._uuid)
+            except HypervisorError as e:
+                if time.monotonic() > until:
+                    raise
+                LOG.warning("whether instance %s runs is not known yet: %s", self._uuid, e)
+            self._cancellation.wait(_LIBVIRT_AGAIN_S)
 
     @property
     def _defines(self) -> bool:
@@ -311,7 +347,7 @@ class Build:
         hypervisor = self._host.hypervisor
         if not self._defines:
             self._recorder.note(domain_xml=xml)
-            self._recorder.finish(Status.DONE, "the disks are ready")
+            self._finish(Status.DONE, "the disks are ready")
             return
         self._recorder.phase(TaskState.SPAWNING)
         self._host.instances.create_console(self._uuid)
@@ -323,17 +359,28 @@ class Build:
             self._started(hypervisor.state(self._uuid))
         else:
             self._note_domain(hypervisor.state(self._uuid))
-            self._recorder.finish(Status.DONE, "the domain is defined")
+            self._finish(Status.DONE, "the domain is defined")
 
     def _started(self, state: str | None) -> None:
         self._note_domain(state)
-        self._recorder.finish(Status.ACTIVE, f"the domain is {state or 'unknown'}")
+        self._finish(Status.ACTIVE, f"the domain is {state or 'unknown'}")
 
     def _note_domain(self, state: str | None) -> None:
         self._recorder.note(domain=DomainReport(uuid=self._uuid, state=state or "unknown"))
 
+    def _finish(self, status: Status, message: str) -> None:
+        try:
+            self._recorder.finish(status, message)
+        except EndNotRecorded:
+            # It has been told, so no later run may undo it, whatever that meets with.
+            record = self._known()
+            if record is not None:
+                with contextlib.suppress(BootwrightError):
+                    self._host.instances.write(replace(record, told_made=True))
+            raise
+
     def _undo(self) -> None:
-        """Remove the instance if this job made it: domain, disks, record.
+        """Remove the instance if this job made it and has not told so: domain, disks, record.
 
         If the domain cannot be removed the files stay too: a domain without its
         disks is worse than an instance that can be deleted later.
@@ -342,7 +389,7 @@ class Build:
             AgentStopping: that goes on after the restart. Nothing else.
         """
         made = self._known()
-        if made is None or made.job_id != self._job_id:
+        if made is None or made.job_id != self._job_id or made.told_made:
             return
         cancellation = self._cancellation.undoing()
         try:

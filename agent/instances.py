@@ -79,6 +79,8 @@ class InstanceRecord:
     name: str
     job_id: str
     """The job that made it; only that job may undo it."""
+    told_made: bool = False
+    """Whether that job was told to be done though the journal could not take it down."""
     created_at: float
     image_id: str
     image_digest: str | None = None

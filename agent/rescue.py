@@ -52,18 +52,29 @@ def rescue(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
                 f"instance {record.name} is suspended to disk, and a start would only wake it",
                 "start it, or give its memory up with 'virsh managedsave-remove'",
             )
-        acquisition = Acquisition(host, recorder, cancellation)
-        try:
-            _begin(change, record, acquisition)
-        except AgentStopping:
-            raise
-        except Exception:
-            if request.on_failure is OnFailure.CLEANUP:
-                _undo(change, cancellation.undoing())
-            raise
-        finally:
-            acquisition.release()
+        if not _has_begun(change, record):
+            acquisition = Acquisition(host, recorder, cancellation)
+            try:
+                _begin(change, record, acquisition)
+            except AgentStopping:
+                raise
+            except Exception:
+                if request.on_failure is OnFailure.CLEANUP:
+                    _undo(change, cancellation.undoing())
+                raise
+            finally:
+                acquisition.release()
+        change.note_domain()
     recorder.finish(Status.ACTIVE, "the domain runs the rescue image")
+
+
+def _has_begun(change: Change, record: InstanceRecord) -> bool:
+    """Whether an earlier run of this job has done it all: nothing that has changed since undoes it.
+
+    Somebody's wish to cancel it does.
+    """
+    ours = record.rescue is not None and record.rescue.job_id == change.job_id
+    return ours and not change.cancellation.cancelled and _runs_rescue(change, record)
 
 
 def unrescue(
@@ -128,7 +139,6 @@ def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> 
         host.hypervisor.define(xml)
         host.hypervisor.destroy(change.uuid)
         host.hypervisor.start(change.uuid)
-    change.note_domain()
 
 
 def _images(

@@ -21,9 +21,12 @@ from agent.ceph import Cluster
 from agent.disk import DiskType
 from agent.errors import (
     AgentStopping,
+    BackendError,
     BootwrightError,
     Cancelled,
+    DeadlineExceeded,
     HypervisorError,
+    ImageNotFound,
     InstanceExists,
     InvalidJob,
 )
@@ -36,7 +39,7 @@ from agent.journal import Journal, digest_of
 from agent.layout import Formats
 from agent.manifest import base_name
 from agent.qemu_img import QemuImg
-from agent.recorder import Recorder
+from agent.recorder import EndNotRecorded, Recorder
 from agent.removal import remove_instance
 from agent.report import JobReport, Status
 from tests.cache_kit import CacheKit, Source, random_bytes
@@ -95,7 +98,9 @@ class Site:
             "<memory unit='MiB'>64</memory><os><type>hvm</type></os></domain>"
         )
 
-    def run(self, host: Host | None = None, **fields: object) -> JobReport:
+    def run(
+        self, host: Host | None = None, recorder: type[Recorder] = Recorder, **fields: object
+    ) -> JobReport:
         """Run one job that asks for `fields` beside the usual; raise as it does."""
         request = parse(
             {
@@ -116,9 +121,9 @@ class Site:
             updated_at=0,
         )
         self.journal.accept(request, report, body_digest=digest_of(request))
-        recorder = Recorder(self.journal, self.journal.get(report.id))
-        Build(host or self.host, request, recorder, self.cancellation).run()
-        return recorder.report
+        record = recorder(self.journal, self.journal.get(report.id))
+        Build(host or self.host, request, record, self.cancellation).run()
+        return record.report
 
 
 @pytest.fixture
@@ -365,6 +370,57 @@ def test_run_after_a_crash_leaves_a_guest_alone_that_runs(site: Site, changed: s
     assert again.report.domain.state == "running"
     assert [disk.path for disk in again.report.disks] == [str(site.directory / "disk")]
     assert site.hypervisor.state(site.uuid) == "running"
+
+
+class Late(Hypervisor):
+    """A libvirt that comes up after the agent."""
+
+    silent = 2
+
+    def metadata(self, uuid: str, namespace: str) -> str | None:
+        if self.silent:
+            self.silent -= 1
+            raise HypervisorError("libvirt does not answer")
+        return super().metadata(uuid, namespace)
+
+
+def test_as_long_as_libvirt_is_away_no_guest_is_undone(site: Site) -> None:
+    job = site.journal.get(site.run().id)
+    del site.kit.source.images[site.image.id]
+    late = Late("test:///default", virt_type="test")
+    again = Recorder(site.journal, job)
+    Build(replace(site.host, hypervisor=late), job.request, again, Cancellation()).run()
+    late.close()
+    assert again.report.status is Status.ACTIVE
+
+    late = Late("test:///default", virt_type="test")
+    impatient = Cancellation(0.5)
+    with pytest.raises(DeadlineExceeded):
+        Build(
+            replace(site.host, hypervisor=late), job.request, Recorder(site.journal, job), impatient
+        ).run()
+    late.close()
+    assert site.hypervisor.state(site.uuid) == "running"
+    assert (site.directory / "disk").exists()
+
+
+class Forgetful(Recorder):
+    """Of a journal that takes down phases, and no end."""
+
+    def record_end(self) -> None:
+        raise EndNotRecorded(BackendError("the journal cannot be written"))
+
+
+def test_disks_that_were_told_to_be_ready_are_not_undone_by_a_later_run(site: Site) -> None:
+    with pytest.raises(EndNotRecorded):
+        site.run(action="prepare", recorder=Forgetful)
+    [job] = site.journal.unfinished()
+    del site.kit.source.images[site.image.id]
+
+    with pytest.raises(ImageNotFound):
+        Build(site.host, job.request, Recorder(site.journal, job), Cancellation()).run()
+    assert (site.directory / "disk").exists()
+    assert site.kit.instances.get(site.uuid) is not None
 
 
 def test_cancel_that_came_before_a_crash_undoes_a_guest_that_runs(site: Site) -> None:
