@@ -664,6 +664,26 @@ def test_rebuild_gives_up_the_memory_that_knows_the_old_disk(site: Site) -> None
     assert not site.hypervisor.has_saved_state(site.uuid)
 
 
+@pytest.mark.parametrize("changed", ["image gone", "deadline passed"])
+def test_rescue_that_runs_is_left_alone_by_the_run_after_a_crash(site: Site, changed: str) -> None:
+    site.run()
+    image_id = site.kit.source.add(random_bytes(1), image_id="tools").id
+    request, recorder = accepted(site, "rescue", image={"id": image_id})
+    job = queued(site, recorder)
+    rescue(site.host, request, recorder, Cancellation())
+    if changed == "image gone":
+        del site.kit.source.images[image_id]
+    late = Cancellation(1, elapsed_s=2) if changed == "deadline passed" else Cancellation()
+
+    again = Recorder(site.journal, job)
+    rescue(site.host, request, again, late)
+
+    assert again.report.status is Status.ACTIVE
+    assert record(site).rescue is not None
+    xml = site.hypervisor.xml(site.uuid, live=True)
+    assert str(site.directory / "disk.rescue") in sources_of(xml)
+
+
 def test_unrescue_whose_last_word_a_power_cut_took_back_has_ended_well(site: Site) -> None:
     site.run()
     request, recorder = accepted(site, "rescue")
