@@ -57,11 +57,6 @@ LOG = logging.getLogger(__name__)
 
 _REPLACED = (Role.KERNEL, Role.RAMDISK, Role.ROOT)
 
-_LOST = (
-    "what the instance's firmware and TPM had kept is gone: its disks are as they were, but what "
-    "is sealed with that TPM asks for its recovery key"
-)
-
 
 def rebuild(
     host: Host, request: JobRequest, recorder: Recorder, cancellation: Cancellation
@@ -88,11 +83,14 @@ def rebuild(
             except AgentStopping:
                 raise
             except Exception as e:
-                lost = _has_lost_state(change)
-                if request.on_failure is OnFailure.CLEANUP:
-                    _undo(change, cancellation.undoing())
-                if lost and isinstance(e, BootwrightError):
-                    raise e.and_also(_LOST) from e
+                loss = _loss(change)
+                undone = request.on_failure is OnFailure.CLEANUP and _undo(
+                    change, cancellation.undoing()
+                )
+                if loss is not None and isinstance(e, BootwrightError):
+                    raise e.and_also(
+                        f"{loss}; its disks are as they were" if undone else loss
+                    ) from e
                 raise
             finally:
                 acquisition.release()
@@ -406,26 +404,36 @@ def _reverted(
     return change.save(replace(record, rebuild=None))
 
 
-def _has_lost_state(change: Change) -> bool:
+def _loss(change: Change) -> str | None:
+    """Return what an error has to say of firmware and TPM, which no undoing brings back."""
     record = change.host.instances.get(change.uuid)
     plan = None if record is None else record.rebuild
+    if (
+        plan is None
+        or not plan.anew
+        or plan.domain_xml is None
+        or not domain_changes.keeps_state(plan.domain_xml)
+    ):
+        return None
+    gone = "is gone" if plan.forgotten else "may be gone"
     return (
-        plan is not None
-        and plan.anew
-        and plan.domain_xml is not None
-        and domain_changes.keeps_state(plan.domain_xml)
+        f"what the instance's firmware and TPM had kept {gone}, and what is sealed with that TPM "
+        "then asks for its recovery key"
     )
 
 
-def _undo(change: Change, cancellation: Cancellation) -> None:
+def _undo(change: Change, cancellation: Cancellation) -> bool:
     """Bring back what was, unless the new disks are the instance's already.
+
+    Returns:
+        False if the instance is left half rebuilt.
 
     Raises:
         AgentStopping: that goes on after the restart. Nothing else.
     """
     record = change.host.instances.get(change.uuid)
     if record is None or record.rebuild is None:
-        return
+        return True
     try:
         _reverted(change, record, record.rebuild, cancellation)
     except AgentStopping:
@@ -438,3 +446,5 @@ def _undo(change: Change, cancellation: Cancellation) -> None:
             e,
             change.uuid,
         )
+        return False
+    return True

@@ -314,7 +314,9 @@ def test_variables_of_the_firmware_that_a_failed_rebuild_had_to_give_up_are_told
     refusing.refused = str(site.directory / "disk.rebuilt")
     request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
 
-    with pytest.raises(HypervisorError, match=r"QEMU says no; .* TPM had kept is gone"):
+    with pytest.raises(
+        HypervisorError, match=r"says no; .* is gone, .*; its disks are as they were$"
+    ):
         rebuild(
             dataclasses.replace(site.host, hypervisor=refusing), request, recorder, Cancellation()
         )
@@ -342,12 +344,13 @@ class Keeping(Refusing):
 
     kept: str | None = None
     """On which root disk the firmware was that has begun them."""
-    failure: Exception | None = None
-    """Comes once, instead of the definition of a domain on the old disk."""
+    failures: tuple[Exception, ...] = ()
+    """They come, each once, instead of the definition of a domain on the old disk."""
 
     def define(self, xml: str) -> None:
-        if self.failure is not None and "disk.rebuilt" not in xml:
-            failure, self.failure = self.failure, None
+        if self.failures and "disk.rebuilt" not in xml:
+            failure, *others = self.failures
+            self.failures = tuple(others)
             raise failure
         super().define(xml)
 
@@ -373,10 +376,10 @@ def test_variables_that_nothing_has_touched_outlive_a_rebuild_that_fails(
     site: Site, keeping: Keeping
 ) -> None:
     with_uefi(site)
-    keeping.failure = HypervisorError("defining: no answer")
+    keeping.failures = (HypervisorError("defining: no answer"),)
     request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
 
-    with pytest.raises(HypervisorError, match="no answer"):
+    with pytest.raises(HypervisorError, match=r"no answer; .* may be gone"):
         rebuild(
             dataclasses.replace(site.host, hypervisor=keeping), request, recorder, Cancellation()
         )
@@ -389,7 +392,7 @@ def test_variables_that_nothing_has_touched_outlive_a_crash_and_a_cancellation(
     site: Site, keeping: Keeping
 ) -> None:
     with_uefi(site)
-    keeping.failure = AgentStopping("enough")
+    keeping.failures = (AgentStopping("enough"),)
     host = dataclasses.replace(site.host, hypervisor=keeping)
     request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
     with pytest.raises(AgentStopping):
@@ -408,7 +411,7 @@ def test_variables_that_nothing_has_touched_outlive_the_next_rebuild(
     site: Site, keeping: Keeping
 ) -> None:
     with_uefi(site)
-    keeping.failure = HypervisorError("defining: no answer")
+    keeping.failures = (HypervisorError("defining: no answer"),)
     host = dataclasses.replace(site.host, hypervisor=keeping)
     image = {"id": second_image(site)}
     request, recorder = accepted(site, "rebuild", image=image, on_failure="keep")
@@ -451,6 +454,30 @@ def test_variables_since_the_old_domain_is_back_are_kept(site: Site, keeping: Ke
     rebuild(host, request, recorder, Cancellation())
 
     assert keeping.kept == "since it is back"
+
+
+def test_disks_are_not_said_to_be_as_they_were_when_nothing_is_undone(
+    site: Site, keeping: Keeping
+) -> None:
+    with_uefi(site)
+    keeping.refused = str(site.directory / "disk.rebuilt")
+    host = dataclasses.replace(site.host, hypervisor=keeping)
+    image = {"id": second_image(site)}
+    request, recorder = accepted(site, "rebuild", image=image, on_failure="keep")
+    with pytest.raises(HypervisorError, match=r"TPM had kept is gone, .* recovery key$"):
+        rebuild(host, request, recorder, Cancellation())
+
+
+def test_disks_are_not_said_to_be_as_they_were_when_the_undoing_fails(
+    site: Site, keeping: Keeping, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_uefi(site)
+    keeping.failures = HypervisorError("no answer"), HypervisorError("no answer again")
+    host = dataclasses.replace(site.host, hypervisor=keeping)
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
+    with pytest.raises(HypervisorError, match=r"TPM had kept may be gone, .* recovery key$"):
+        rebuild(host, request, recorder, Cancellation())
+    assert "is left half rebuilt: no answer again" in caplog.text
 
 
 class Forgetful(Hypervisor):
