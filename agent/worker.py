@@ -34,6 +34,8 @@ Execute = Callable[[JobRequest, Recorder, Cancellation], None]
 class _Running:
     recorder: Recorder
     cancellation: Cancellation
+    began: float
+    """By the monotonic clock."""
 
 
 class Worker:
@@ -56,9 +58,11 @@ class Worker:
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: dict[str, _Running] = {}
-        # Jobs that came to their turn before another of their instance that goes first;
-        # each with its deadline.
-        self._held: dict[str, Cancellation] = {}
+        # Jobs that came to their turn before another of their instance that goes first,
+        # until they begin or end; each with its deadline.
+        self._waiting: dict[str, Cancellation] = {}
+        # Those of them that are not in the queue again.
+        self._held: set[str] = set()
         self._holds = threading.Condition(self._lock)
         self._stopping = False
         self._threads = [
@@ -114,7 +118,7 @@ class Worker:
                     Recorder(self._journal, job).finish(Status.CANCELLED, reason.message, reason)
                 except EndNotRecorded as e:
                     raise e.reason from e
-                self._let_go()
+                self._let_go(job_id)
             else:
                 self._journal.cancel(job_id, reason.message)
         if running is not None:
@@ -169,21 +173,22 @@ class Worker:
             if begun is None:
                 continue
             job, running = begun
-            try:
-                self._run(job, running)
-            except EndNotRecorded as e:
-                self._record_later(job_id, running.recorder, e)
-            else:
-                self._ended(job_id)
+            with _named(job):
+                try:
+                    self._run(job.request, running)
+                except EndNotRecorded as e:
+                    self._record_later(job, running, e)
+                else:
+                    self._ended(job_id)
 
     def _ended(self, job_id: str) -> None:
         with self._lock:
             del self._running[job_id]
-            self._let_go()
+            self._let_go(job_id)
         with self._journal.changed:
             self._journal.changed.notify_all()
 
-    def _record_later(self, job_id: str, recorder: Recorder, reason: EndNotRecorded) -> None:
+    def _record_later(self, job: Job, running: _Running, reason: EndNotRecorded) -> None:
         """Have the end of a job recorded when the journal can be written again.
 
         Until then it counts as running. It does not run again, which might fail for whatever
@@ -191,24 +196,25 @@ class Worker:
         """
         LOG.error(
             "the end of job %s is not recorded: %s; that is tried again in %g s",
-            job_id,
+            job.report.id,
             reason,
             self._again_s,
         )
-        again = threading.Timer(self._again_s, self._record_again, [job_id, recorder])
+        again = threading.Timer(self._again_s, self._record_again, [job, running])
         again.daemon = True
         again.start()
 
-    def _record_again(self, job_id: str, recorder: Recorder) -> None:
+    def _record_again(self, job: Job, running: _Running) -> None:
         if self._stopping:
             return
-        try:
-            recorder.record_end()
-        except EndNotRecorded as e:
-            self._record_later(job_id, recorder, e)
-        else:
-            _log_end(recorder.report, time.time() - recorder.report.created_at)
-            self._ended(job_id)
+        with _named(job):
+            try:
+                running.recorder.record_end()
+            except EndNotRecorded as e:
+                self._record_later(job, running, e)
+            else:
+                _log_end(running.recorder.report, time.monotonic() - running.began)
+                self._ended(job.report.id)
 
     def _begin(self, job_id: str) -> tuple[Job, _Running] | None:
         with self._lock:
@@ -220,10 +226,16 @@ class Worker:
                 job.request.deadline_s, elapsed_s=time.time() - job.report.created_at
             )
             if self._must_wait(job):
-                self._held[job_id] = cancellation
+                self._waiting[job_id] = cancellation
+                self._held.add(job_id)
                 self._holds.notify_all()
                 return None
-            running = _Running(recorder=Recorder(self._journal, job), cancellation=cancellation)
+            self._waiting.pop(job_id, None)
+            running = _Running(
+                recorder=Recorder(self._journal, job),
+                cancellation=cancellation,
+                began=time.monotonic(),
+            )
             self._running[job_id] = running
         if job.cancelled is not None:
             running.cancellation.cancel(Cancelled(job.cancelled))
@@ -242,17 +254,23 @@ class Worker:
         earlier = self._journal.unfinished_before(job.report.id, instance_uuid=instance.uuid)
         return any(changes or other.request.action is Action.DELETE for other in earlier)
 
-    def _let_go(self) -> None:
-        """A job has ended: let those that were held look again; under the lock."""
-        for job_id in self._held:
-            self._queue.put(job_id)
+    def _let_go(self, ended: str) -> None:
+        """A job has ended: let those that were held look again; under the lock.
+
+        They keep their deadlines: others may be in the queue before them.
+        """
+        self._waiting.pop(ended, None)
+        self._held.discard(ended)
+        for job_id in self._waiting:  # in their order
+            if job_id in self._held:
+                self._queue.put(job_id)
         self._held.clear()
 
     def _watch(self) -> None:
-        """End those that are held as their deadlines pass, though no worker may be free."""
+        """End those that wait as their deadlines pass, though no worker may be free."""
         with self._holds:
             while not self._stopping:
-                limits = {job_id: held.remaining() for job_id, held in self._held.items()}
+                limits = {job_id: limit.remaining() for job_id, limit in self._waiting.items()}
                 expired = next((job_id for job_id, left in limits.items() if left == 0), None)
                 if expired is not None:
                     self._expire(expired)
@@ -261,49 +279,46 @@ class Worker:
                     self._holds.wait(min(known, default=None))
 
     def _expire(self, job_id: str) -> None:
-        """End a held job whose deadline has passed; under the lock."""
+        """End a waiting job whose deadline has passed; under the lock."""
         job = self._journal.get(job_id)
         if not self._never_begun(job):
             # An earlier run of it is to be undone, and that has to wait for its turn.
-            self._held[job_id] = Cancellation()
+            self._waiting[job_id] = Cancellation()
             return
-        try:
-            self._held[job_id].check()
-        except BootwrightError as e:
-            recorder = Recorder(self._journal, job)
-            try:
-                recorder.finish(Status.ERROR, str(e), e)
-            except EndNotRecorded as not_recorded:
-                LOG.error("%s; once more in %g s", not_recorded, self._again_s)
-                self._holds.wait(self._again_s)
-                return
-            with _named(job):
-                _log_end(recorder.report, time.time() - job.report.created_at)
-            self._let_go()
-
-    def _run(self, job: Job, running: _Running) -> None:
-        recorder = running.recorder
-        request = job.request
+        recorder = Recorder(self._journal, job)
         with _named(job):
-            began = time.monotonic()
             try:
-                self._execute(request, recorder, running.cancellation)
-            except AgentStopping:
-                LOG.info("%s interrupted; it goes on after the restart", request.action)
-                return
-            except Cancelled as e:
-                recorder.finish(Status.CANCELLED, e.message, e)
+                self._waiting[job_id].check()
             except BootwrightError as e:
-                recorder.finish(Status.ERROR, str(e), e)
-            except EndNotRecorded:
-                raise
-            except Exception as e:
-                LOG.exception("%s failed by a defect of ours", request.action)
-                error = InternalError(
-                    f"{request.action} failed: {e!r}", "the traceback is in the agent's log"
-                )
-                recorder.finish(Status.ERROR, str(error), error)
-            _log_end(recorder.report, time.monotonic() - began)
+                try:
+                    recorder.finish(Status.ERROR, str(e), e)
+                except EndNotRecorded as not_recorded:
+                    LOG.error("%s; once more in %g s", not_recorded, self._again_s)
+                    self._holds.wait(self._again_s)
+                    return
+                _log_end(recorder.report, time.time() - job.report.created_at)
+                self._let_go(job_id)
+
+    def _run(self, request: JobRequest, running: _Running) -> None:
+        recorder = running.recorder
+        try:
+            self._execute(request, recorder, running.cancellation)
+        except AgentStopping:
+            LOG.info("%s interrupted; it goes on after the restart", request.action)
+            return
+        except Cancelled as e:
+            recorder.finish(Status.CANCELLED, e.message, e)
+        except BootwrightError as e:
+            recorder.finish(Status.ERROR, str(e), e)
+        except EndNotRecorded:
+            raise
+        except Exception as e:
+            LOG.exception("%s failed by a defect of ours", request.action)
+            error = InternalError(
+                f"{request.action} failed: {e!r}", "the traceback is in the agent's log"
+            )
+            recorder.finish(Status.ERROR, str(error), error)
+        _log_end(recorder.report, time.monotonic() - running.began)
 
 
 def _named(job: Job) -> AbstractContextManager[None]:

@@ -1,5 +1,6 @@
 """The worker over a real journal: what it runs, how jobs end, what a restart goes on with."""
 
+import logging
 import resource
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 import pytest
 
+from agent import logs
 from agent.cancellation import Cancellation
 from agent.errors import AgentStopping, BackendError, BootwrightError, Cancelled, NotFound
 from agent.job import JobRequest, parse
@@ -238,6 +240,62 @@ def test_success_that_the_journal_cannot_take_down_is_no_failure(host: Host) -> 
     assert host.worker.running() == []
 
 
+def test_lines_about_an_end_that_is_recorded_later_are_the_jobs(
+    host: Host, tmp_path: Path, entries: list[dict[str, str]]
+) -> None:
+    may_record = threading.Event()
+
+    class Full(Journal):
+        def record(self, report: JobReport, message: str, *, durable: bool) -> None:
+            if report.status.final and not may_record.is_set():
+                raise BackendError("no space", "make some")
+            super().record(report, message, durable=durable)
+
+    host.journal.close()
+    host.journal = Full(tmp_path / "journal.db")
+    host.work.gate.set()
+    host.worker = Worker(
+        host.journal, host.work, concurrency=1, untouched=lambda _: True, again_s=0.01
+    )
+    host.accept("job-1")
+    # What it has waited for its turn is no part of its run.
+    until(lambda: time.time() > host.journal.get("job-1").report.created_at + 1)
+    began = time.monotonic()
+    host.worker.start()
+    # The first is told by the thread that ran it, the others by those that try again.
+    until(lambda: len(entries) >= 2)
+    may_record.set()
+    host.final("job-1")
+    until(lambda: not host.worker.running())
+
+    *errors, end = entries
+    assert {error["MESSAGE"] for error in errors} == {
+        "the end of job job-1 is not recorded: no space (make some); that is tried again in 0.01 s"
+    }
+    for entry in entries:
+        assert (entry["JOB_ID"], entry["REQUEST_ID"]) == ("job-1", "req-1")
+        assert (entry["INSTANCE_UUID"], entry["IMAGE_ID"]) == (UUID, "img-1")
+    assert end["OUTCOME"] == "ACTIVE"
+    assert 10 <= int(end["ELAPSED_MS"]) <= (time.monotonic() - began) * 1000 + 1
+
+
+@pytest.fixture
+def entries() -> Iterator[list[dict[str, str]]]:
+    """What the worker writes to systemd's journal."""
+    sent: list[dict[str, str]] = []
+
+    def send(message: str, **fields: str) -> None:
+        sent.append({"MESSAGE": message, **fields})
+
+    handler = logs.JournalHandler(send)
+    logger = logging.getLogger("agent.worker")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield sent
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+
+
 @contextmanager
 def no_file_grows() -> Iterator[None]:
     """Have every write to a file fail."""
@@ -409,6 +467,65 @@ def test_job_that_waits_for_another_ends_at_its_deadline_though_nobody_is_free(h
     assert "rescue" not in host.work.begun
 
 
+def test_job_that_waits_for_another_keeps_its_deadline_whatever_ends(host: Host) -> None:
+    host.accept("boot")
+    host.worker.start()
+    host.until_begun("boot")
+    host.accept("rescue", action="rescue", deadline_s=1)
+    for number in range(2):
+        host.accept(
+            f"other-{number}",
+            instance={"name": "web-2", "uuid": f"{number}1111111-2222-4333-8444-555555555555"},
+        )
+    host.until_begun("other-0")
+
+    # The worker that gets free has another job to do before it looks at the rescue again.
+    host.worker.cancel("other-0", "cancelled on request")
+    host.until_begun("other-1")
+
+    report = host.final("rescue")
+    assert report.error is not None
+    assert (report.status, report.error.code) == (Status.ERROR, "DeadlineExceeded")
+    assert {running.id for running in host.worker.running()} == {"boot", "other-1"}
+    assert "rescue" not in host.work.begun
+
+
+def test_job_that_waits_for_another_is_in_the_queue_once(host: Host, tmp_path: Path) -> None:
+    looks: list[str] = []
+
+    class Watched(Journal):
+        def unfinished_before(self, job_id: str, *, instance_uuid: str) -> list[Job]:
+            looks.append(job_id)
+            return super().unfinished_before(job_id, instance_uuid=instance_uuid)
+
+    host.journal.close()
+    host.journal = Watched(tmp_path / "journal.db")
+    host.go_on()
+    host.accept("boot")
+    host.worker.start()
+    host.until_begun("boot")
+    host.accept("rescue", action="rescue")
+    others = [f"other-{number}" for number in range(4)]
+    for number, other in enumerate(others):
+        host.accept(
+            other,
+            instance={"name": "web-2", "uuid": f"{number}1111111-2222-4333-8444-555555555555"},
+        )
+    for other in others:
+        host.until_begun(other)
+        host.worker.cancel(other, "cancelled on request")
+        host.final(other)
+    last = "a1111111-2222-4333-8444-555555555555"
+    host.accept("last", instance={"name": "web-3", "uuid": last})
+    host.until_begun("last")
+
+    # At its turn, and once more after all that were in the queue by the time the first one ended.
+    assert looks.count("rescue") == 2
+    host.work.gate.set()
+    assert host.final("rescue").status is Status.ACTIVE
+    assert host.work.begun.count("rescue") == 1
+
+
 def test_job_that_waits_for_another_ends_as_soon_as_it_is_cancelled(host: Host) -> None:
     host.accept("boot")
     host.accept("rescue", action="rescue", deadline_s=3600)
@@ -451,7 +568,7 @@ def test_what_an_earlier_run_made_is_undone_in_its_turn_though_the_deadline_has_
 
 
 def test_deadline_of_a_job_that_waits_is_recorded_as_soon_as_the_journal_can(
-    host: Host, caplog: pytest.LogCaptureFixture
+    host: Host, entries: list[dict[str, str]]
 ) -> None:
     host.worker = Worker(
         host.journal, host.work, concurrency=2, untouched=lambda _: True, again_s=0.01
@@ -461,10 +578,12 @@ def test_deadline_of_a_job_that_waits_is_recorded_as_soon_as_the_journal_can(
     host.until_begun("boot")
     host.accept("rescue", action="rescue", deadline_s=1)
     with no_file_grows():
-        until(lambda: "once more in 0.01 s" in caplog.text)
+        until(lambda: entries)
         assert host.journal.get("rescue").report.status is Status.QUEUED
     assert host.final("rescue").status is Status.ERROR
     assert host.worker.alive()
+    assert "once more in 0.01 s" in entries[0]["MESSAGE"]
+    assert {entry.get("JOB_ID") for entry in entries} == {"rescue"}
 
 
 def test_delete_settles_the_job_that_runs(host: Host) -> None:
