@@ -112,9 +112,9 @@ LIBVIRT: Final[list[cfg.Opt]] = [
         "images_rbd_glance_store_name",
         default="",
         regex=r"^[A-Za-z0-9_.-]*$",
-        help="Store of Glance whose pool is in images_rbd_glance_pools: a raw image that is not "
-        "there yet is copied there by Glance, which needs the policy copy_image and shall show "
-        "multiple locations, and then cloned. Empty: it is fetched.",
+        help="Store of Glance whose pool is in images_rbd_glance_pools: a raw image that is "
+        "neither there nor in the image cache is copied there by Glance, which needs the policy "
+        "copy_image and shall show multiple locations, and then cloned. Empty: it is fetched.",
     ),
     cfg.IntOpt(
         "images_rbd_glance_copy_poll_interval",
@@ -128,7 +128,8 @@ LIBVIRT: Final[list[cfg.Opt]] = [
         default=600,
         min=0,
         max=7 * 86400,
-        help="Seconds to wait for such a copy. After that the image is fetched.",
+        help="Seconds to wait for such a copy, but no more than half of what a job's deadline "
+        "leaves. After that the image is fetched.",
     ),
     cfg.StrOpt(
         "images_rbd_ceph_conf",

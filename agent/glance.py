@@ -132,7 +132,8 @@ class GlanceSource:
 
         Raises:
             ImageNotAuthorized: it is not ours to ask for that.
-            ImageSourceUnavailable: it is there or on its way already; or as `get`.
+            Declined: it may be there or on its way already.
+            ImageError: as `get`.
         """
         self._call(
             f"copying to store {store} ",

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from agent.cancellation import Cancellation
-from agent.errors import ImageError, ImageSourceUnavailable
+from agent.errors import ImageError
+from agent.glance_errors import Declined
 from agent.glance_record import Copies
 from agent.image import Image
 
@@ -32,13 +33,18 @@ class GlanceCopy:
         source: Stores,
         *,
         store: str,
+        is_cached: Callable[[str], bool],
         interval_s: float,
         limit_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`interval_s`: between two looks whether it is done, for no longer than `limit_s`."""
+        """`is_cached(image_id)` tells whether there is a base that a disk can be made of at once.
+
+        `interval_s`: between two looks whether it is done, for no longer than `limit_s`.
+        """
         self._source = source
         self._store = store
+        self._is_cached = is_cached
         self._interval_s = interval_s
         self._limit_s = limit_s
         self._clock = clock
@@ -46,11 +52,16 @@ class GlanceCopy:
     def bring(self, image: Image, cancellation: Cancellation) -> Image | None:
         """Return the record of the image once it is in the store too.
 
-        None if it does not get there; the log says why.
+        None if it does not get there, of which the log says why, or if nobody has to wait for
+        it: the image is in the cache. Half of the time that is left for the job is spent here
+        at most, so that the image can still be fetched.
 
         Raises:
             BootwrightError: the reason of the cancellation. Glance's work goes on.
         """
+        if self._is_cached(image.id):
+            LOG.info("image %s is in the cache, so Glance is not asked to copy it", image.id)
+            return None
         try:
             return self._bring(image, cancellation)
         except ImageError as e:
@@ -59,27 +70,33 @@ class GlanceCopy:
 
     def _bring(self, image: Image, cancellation: Cancellation) -> Image | None:
         LOG.info("asking Glance to copy image %s to its store %s", image.id, self._store)
-        refused: ImageSourceUnavailable | None = None
+        remaining = cancellation.remaining()
+        limit_s = self._limit_s if remaining is None else min(self._limit_s, remaining / 2)
+        end = self._clock() + limit_s
+        declined: Declined | None = None
         try:
             self._source.copy(image.id, self._store)
-        except ImageSourceUnavailable as e:
+        except Declined as e:
             # Also if somebody else, such as another host, was first.
-            refused = e
-        end = self._clock() + self._limit_s
+            declined = e
+        # What it notes of an earlier try stays there until it begins, a moment after its answer.
+        failure_counts = False
         while True:
             copies = self._source.copies(image.id)
             if self._store in copies.finished and self._store not in copies.running:
                 return copies.image
             if self._store not in copies.running:
-                if refused is not None:
-                    raise refused
-                if self._store in copies.failed:
+                if declined is not None:
+                    raise declined
+                if self._store in copies.failed and failure_counts:
                     self._warn(image, "it has failed, see Glance's log")
                     return None
-            if self._clock() >= end:
-                self._warn(image, f"it is not done after {self._limit_s:g} s")
+            failure_counts = True
+            left_s = end - self._clock()
+            if left_s <= 0:
+                self._warn(image, f"it is not done after {limit_s:.0f} s")
                 return None
-            cancellation.wait(self._interval_s)
+            cancellation.wait(min(self._interval_s, left_s))
 
     def _warn(self, image: Image, why: str) -> None:
         LOG.warning(

@@ -47,6 +47,14 @@ FOREIGN = (
 """Everything that asking Glance through glanceclient and keystoneauth was seen to raise."""
 
 
+class Declined(ImageSourceUnavailable):
+    """The request is not taken: as it is, or as things are."""
+
+    @property
+    def code(self) -> str:
+        return ImageSourceUnavailable.__name__
+
+
 def refusal(response: requests.Response, what: str) -> BootwrightError:
     """Return the error for an answer that is no success."""
     request_id = response.headers.get("X-Openstack-Request-Id", "")
@@ -125,6 +133,8 @@ def _status_error(status: int, what: str, retry_after_s: float | None = None) ->
                 "it never existed, is deleted, or is private to another project: check the id, "
                 "the project in [glance] and the image's visibility",
             )
+        case 400 | 409:
+            return Declined(answer, "Glance or a proxy before it says no: see their logs")
         case 413 | 429:
             hint = "Glance or a proxy before it limits requests: build fewer at a time"
         case _:

@@ -120,6 +120,11 @@ class ImageCache:
             )
             return cached.manifest.image
 
+    def has(self, image_id: str) -> bool:
+        """Whether there is a base of the image, the file that was verified."""
+        entry = self._store.find(base_name(image_id))
+        return entry is not None and entry.recognised
+
     def acquire(
         self,
         image: Image,

@@ -213,7 +213,7 @@ class _Parts:
         )
         host = Host(
             image_cache=self.image_cache,
-            backends=_backends(settings, qemu_img, hypervisor, self.lvm),
+            backends=_backends(settings, qemu_img, hypervisor, self.lvm, self.image_cache),
             instances=self.instances,
             hypervisor=hypervisor,
             touch=touch,
@@ -347,7 +347,11 @@ def _helpers(settings: Settings) -> list[HelperContext]:
 
 
 def _backends(
-    settings: Settings, qemu_img: QemuImg, hypervisor: Hypervisor, lvm: Lvm | None
+    settings: Settings,
+    qemu_img: QemuImg,
+    hypervisor: Hypervisor,
+    lvm: Lvm | None,
+    image_cache: ImageCache,
 ) -> Backends:
     backends: dict[ImagesType, Backend] = {
         ImagesType.QCOW2: Qcow2(
@@ -364,7 +368,7 @@ def _backends(
     if lvm is not None:
         backends[ImagesType.LVM] = lvm
     if settings.libvirt.rbd is not None:
-        backends[ImagesType.RBD] = _rbd(settings.libvirt.rbd, settings, hypervisor)
+        backends[ImagesType.RBD] = _rbd(settings.libvirt.rbd, settings, hypervisor, image_cache)
     return Backends(backends, only=None if settings.encryption is None else ImagesType.LVM)
 
 
@@ -382,7 +386,9 @@ def _lvm(settings: Settings) -> Lvm | None:
     )
 
 
-def _rbd(rbd: RbdSettings, settings: Settings, hypervisor: Hypervisor) -> Rbd:
+def _rbd(
+    rbd: RbdSettings, settings: Settings, hypervisor: Hypervisor, image_cache: ImageCache
+) -> Rbd:
     return Rbd(
         Cluster(rbd.ceph_conf, rbd.user, connect_timeout_s=rbd.connect_timeout_s),
         host=settings.image_cache.host_id,
@@ -393,20 +399,21 @@ def _rbd(rbd: RbdSettings, settings: Settings, hypervisor: Hypervisor) -> Rbd:
         scratch=settings.instances_path,
         # What nobody reads nobody can say to be signed.
         clone_pools=frozenset() if settings.images.signatures.verify else rbd.glance_pools,
-        copy=_copy(rbd.copy, settings),
+        copy=_copy(rbd.copy, settings, image_cache),
         busy_retries=rbd.busy_retries,
         busy_interval_s=rbd.busy_interval_s,
     )
 
 
 def _copy(
-    copy: CopySettings | None, settings: Settings
+    copy: CopySettings | None, settings: Settings, image_cache: ImageCache
 ) -> Callable[[Image, Cancellation], Image | None] | None:
     if copy is None or settings.images.glance is None:
         return None
     return GlanceCopy(
         image_source.glance(settings.images),
         store=copy.store,
+        is_cached=image_cache.has,
         interval_s=copy.interval_s,
         limit_s=copy.limit_s,
     ).bring

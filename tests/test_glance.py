@@ -20,6 +20,7 @@ from agent.errors import (
     ImageSourceUnavailable,
 )
 from agent.glance import GlanceSource
+from agent.glance_errors import Declined
 from agent.image import Image, require_active
 from agent.transfer import RetryPolicy, Transfer
 from tests.fake_glance import FakeGlance, Fault, fake_glance
@@ -145,7 +146,8 @@ def test_active_image_may_be_used(glance: FakeGlance, source: GlanceSource) -> N
         (Fault(status=401), ImageNotAuthorized),
         (Fault(status=403), ImageNotAuthorized),
         (Fault(status=404), ImageNotFound),
-        (Fault(status=400), ImageSourceUnavailable),
+        (Fault(status=400), Declined),
+        (Fault(status=409), Declined),
         (Fault(status=429), ImageSourceUnavailable),
         (Fault(status=500), ImageSourceUnavailable),
         (Fault(status=503), ImageSourceUnavailable),

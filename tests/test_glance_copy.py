@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from agent.cancellation import Cancellation
-from agent.errors import Cancelled, ImageNotAuthorized, ImageSourceUnavailable
+from agent.errors import Cancelled, ImageError, ImageNotAuthorized, ImageSourceUnavailable
 from agent.glance_copy import GlanceCopy
+from agent.glance_errors import Declined
 from agent.glance_record import Copies, copies_of
 from agent.image import Image
 
@@ -38,6 +39,7 @@ class Stores:
         self._records = list(records)
         self._refusal = refusal
         self.asked: list[tuple[str, str]] = []
+        self.looks = 0
 
     def copy(self, image_id: str, store: str) -> None:
         self.asked.append((image_id, store))
@@ -46,15 +48,27 @@ class Stores:
 
     def copies(self, image_id: str) -> Copies:
         assert image_id == ID
+        self.looks += 1
         return self._records.pop(0) if len(self._records) > 1 else self._records[0]
 
 
-def bring(stores: Stores, *, limit_s: float = 600, clock: Iterator[float] | None = None) -> bool:
-    ticks = clock or iter(range(1000))
+def bring(
+    stores: Stores,
+    *,
+    cached: bool = False,
+    limit_s: float = 600,
+    cancellation: Cancellation | None = None,
+) -> bool:
+    ticks: Iterator[float] = iter(range(1000))
     copy = GlanceCopy(
-        stores, store="ceph", interval_s=0.001, limit_s=limit_s, clock=lambda: next(ticks)
+        stores,
+        store="ceph",
+        is_cached=lambda image_id: cached and image_id == ID,
+        interval_s=0.001,
+        limit_s=limit_s,
+        clock=lambda: next(ticks),
     )
-    copied = copy.bring(IMAGE, Cancellation())
+    copied = copy.bring(IMAGE, cancellation or Cancellation())
     assert copied in (None, IMAGE)
     return copied is not None
 
@@ -71,17 +85,15 @@ def test_copy_is_asked_for_and_waited_for() -> None:
     assert stores.asked == [(ID, "ceph")]
 
 
-@pytest.mark.parametrize("answer", [ImageSourceUnavailable("409"), ImageSourceUnavailable("400")])
+@pytest.mark.parametrize("answer", [Declined("409 Conflict"), Declined("400 Bad Request")])
 def test_copy_that_somebody_else_has_asked_for_is_waited_for(answer: Exception) -> None:
     assert bring(Stores(record(running="ceph"), record(stores="local,ceph"), refusal=answer))
     assert bring(Stores(record(stores="ceph,local"), refusal=answer))
 
 
-@pytest.mark.parametrize(
-    "refusal", [ImageSourceUnavailable("409 Conflict"), ImageNotAuthorized("403 Forbidden")]
-)
+@pytest.mark.parametrize("refusal", [Declined("409 Conflict"), ImageNotAuthorized("403 Forbidden")])
 def test_refusal_is_told_and_no_error(
-    refusal: ImageSourceUnavailable, caplog: pytest.LogCaptureFixture
+    refusal: ImageError, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert not bring(Stores(record(), refusal=refusal))
     assert f"no copy of image {ID} in Glance's store ceph, so it is fetched: {refusal}" in (
@@ -101,10 +113,42 @@ def test_copy_that_takes_too_long_is_told_and_no_error(caplog: pytest.LogCapture
     assert "it is not done after 5 s" in caplog.text
 
 
+def test_wait_for_a_copy_leaves_the_job_time_for_a_fetch(caplog: pytest.LogCaptureFixture) -> None:
+    cancellation = Cancellation(20, clock=lambda: 0)
+    assert not bring(Stores(record(running="ceph")), cancellation=cancellation)
+    assert "it is not done after 10 s" in caplog.text
+
+
+def test_image_in_the_cache_is_not_waited_for() -> None:
+    stores = Stores(record(running="ceph"))
+    assert not bring(stores, cached=True)
+    assert (stores.asked, stores.looks) == ([], 0)
+
+
+def test_glance_that_does_not_answer_is_asked_once(caplog: pytest.LogCaptureFixture) -> None:
+    stores = Stores(record(running="ceph"), refusal=ImageSourceUnavailable("no answer in time"))
+    assert not bring(stores)
+    assert stores.looks == 0
+    assert "so it is fetched: no answer in time" in caplog.text
+
+
+def test_failure_of_an_earlier_copy_counts_no_longer(caplog: pytest.LogCaptureFixture) -> None:
+    before = record(failed="ceph")
+    assert bring(Stores(before, record(running="ceph"), record(stores="local,ceph")))
+    assert not bring(Stores(before))
+    assert "it has failed" in caplog.text
+
+
 def test_wait_for_a_copy_ends_with_the_job() -> None:
     cancellation = Cancellation()
     cancellation.cancel(Cancelled("enough"))
-    copy = GlanceCopy(Stores(record(running="ceph")), store="ceph", interval_s=600, limit_s=600)
+    copy = GlanceCopy(
+        Stores(record(running="ceph")),
+        store="ceph",
+        is_cached=lambda _: False,
+        interval_s=600,
+        limit_s=600,
+    )
     with pytest.raises(Cancelled):
         copy.bring(IMAGE, cancellation)
 

@@ -580,3 +580,15 @@ def test_sweep_leaves_alone_what_somebody_is_at_work_on(kit: CacheKit) -> None:
     lock.release()
 
     assert stray.exists()
+
+
+def test_cache_has_a_base_as_long_as_it_is_the_file_that_was_verified(
+    kit: CacheKit, source: Source
+) -> None:
+    image = source.add(random_bytes(1))
+    assert not kit.cache.has(image.id)
+    base = kit.fetch(image)
+    assert kit.cache.has(image.id)
+    base.path.chmod(0o600)
+    base.path.write_bytes(b"another")
+    assert not kit.cache.has(image.id)

@@ -63,7 +63,8 @@ class Rbd:
 
         `scratch`: a directory for files that no name is given to. `clone_pools`:
         those in which an image may be used as the cluster has it, its bytes unread. `copy`
-        has Glance copy an image that is elsewhere into one of these, and returns its new record.
+        has Glance copy an image that is elsewhere into one of these, and returns its new record;
+        None where the image cache is the better way.
         """
         self._cluster = cluster
         self._host = host
