@@ -69,6 +69,10 @@ class Rebuild:
     starts_with_host: bool = False
     """The domain as it was; known if it is made anew."""
 
+    @property
+    def root(self) -> Disk:
+        return next(disk for disk in self.disks if disk.role is Role.ROOT)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InstanceRecord:

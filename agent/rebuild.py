@@ -20,7 +20,6 @@ go before the new domain starts. If that fails the old domain begins with none o
 it, and the job's error says so.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -52,10 +51,7 @@ from agent.job import ImagesType, JobRequest, OnFailure
 from agent.origin import Origin
 from agent.recorder import Recorder
 from agent.report import ImageReport, Role, Status, TaskState
-
-LOG = logging.getLogger(__name__)
-
-_REPLACED = (Role.KERNEL, Role.RAMDISK, Role.ROOT)
+from agent.reversion import REPLACED, loss, reverted, runs_on, undo
 
 
 def rebuild(
@@ -83,13 +79,13 @@ def rebuild(
             except AgentStopping:
                 raise
             except Exception as e:
-                loss = _loss(change)
-                undone = request.on_failure is OnFailure.CLEANUP and _undo(
+                lost = loss(change)
+                undone = request.on_failure is OnFailure.CLEANUP and undo(
                     change, cancellation.undoing()
                 )
-                if loss is not None and isinstance(e, BootwrightError):
+                if lost is not None and isinstance(e, BootwrightError):
                     raise e.and_also(
-                        f"{loss}; its disks are as they were" if undone else loss
+                        f"{lost}; its disks are as they were" if undone else lost
                     ) from e
                 raise
             finally:
@@ -128,7 +124,7 @@ def _rebuild(change: Change, record: InstanceRecord, acquisition: Acquisition) -
         plan = _planned(change, record, bases, Origin.of(wanted, images))
         record = change.save(replace(record, rebuild=plan))
     for disk in plan.disks:
-        if disk.role in _REPLACED:
+        if disk.role in REPLACED:
             host.backends[disk.backend].prepare(disk, bases[disk.role], change.cancellation)
     new = _rebuilt(record, plan)
     _switch(change, record, new, plan)
@@ -136,7 +132,7 @@ def _rebuild(change: Change, record: InstanceRecord, acquisition: Acquisition) -
         replace(
             new,
             rebuilt_by=change.job_id,
-            replaced=tuple(disk for disk in record.disks if disk.role in _REPLACED),
+            replaced=tuple(disk for disk in record.disks if disk.role in REPLACED),
         )
     )
 
@@ -217,7 +213,7 @@ def _planned(
     disks = (
         *(boot_file(role, bases[role]) for role in (Role.KERNEL, Role.RAMDISK) if role in bases),
         replace(root, device=device),
-        *(disk for disk in record.disks if disk.role not in _REPLACED),
+        *(disk for disk in record.disks if disk.role not in REPLACED),
     )
     hypervisor = change.host.hypervisor
     hardware = on_host(base.image.properties, hypervisor)
@@ -257,7 +253,7 @@ def _rebuilt(record: InstanceRecord, plan: Rebuild) -> InstanceRecord:
 def _switch(change: Change, old: InstanceRecord, new: InstanceRecord, plan: Rebuild) -> None:
     """Have the domain run on the new disks if it ran, or be ready to."""
     hypervisor, before = change.host.hypervisor, plan.domain_xml
-    if before is None or _runs_on(change, new.root):
+    if before is None or runs_on(change, new.root):
         return
     hardware = on_host(new.image_properties, hypervisor)
     had = _had(change, old, new.image_properties, hardware)
@@ -341,22 +337,6 @@ def _kernel(change: Change, record: InstanceRecord, xml: str) -> Kernel | None:
     )
 
 
-def _runs_on(change: Change, root: Disk) -> bool:
-    """Whether what runs right now has that root disk."""
-    hypervisor = change.host.hypervisor
-    return is_running(hypervisor.state(change.uuid)) and (
-        str(root.path) in domain_changes.sources_of(hypervisor.xml(change.uuid, live=True))
-    )
-
-
-def _is_defined_on(change: Change, root: Disk) -> bool:
-    """Whether what would start has that root disk."""
-    hypervisor = change.host.hypervisor
-    return hypervisor.state(change.uuid) is not None and (
-        str(root.path) in domain_changes.sources_of(hypervisor.xml(change.uuid))
-    )
-
-
 # Its end
 
 
@@ -377,74 +357,5 @@ def _remove_replaced(
 def _settled(change: Change, record: InstanceRecord) -> InstanceRecord:
     """Return the instance without what another rebuild has left of itself."""
     if record.rebuild is not None and record.rebuild.job_id != change.job_id:
-        record = _reverted(change, record, record.rebuild, change.cancellation)
+        record = reverted(change, record, record.rebuild, change.cancellation)
     return _remove_replaced(change, record, change.cancellation)
-
-
-def _reverted(
-    change: Change, record: InstanceRecord, plan: Rebuild, cancellation: Cancellation
-) -> InstanceRecord:
-    """Bring back what was; done already is fine."""
-    hypervisor = change.host.hypervisor
-    if plan.domain_xml is not None:
-        root = _rebuilt(record, plan).root
-        if _runs_on(change, root):
-            hypervisor.destroy(change.uuid)
-        if plan.forgotten and _is_defined_on(change, root):
-            # What the new domain's firmware and TPM may have kept is of no use to the old one.
-            hypervisor.undefine(change.uuid)
-        hypervisor.define(plan.domain_xml)
-        if plan.anew:
-            hypervisor.set_starts_with_host(change.uuid, wanted=plan.starts_with_host)
-        if plan.was_running:
-            hypervisor.start(change.uuid)
-    for disk in plan.disks:
-        if disk.role in _REPLACED:
-            change.host.backends[disk.backend].remove(disk, change.home, cancellation)
-    return change.save(replace(record, rebuild=None))
-
-
-def _loss(change: Change) -> str | None:
-    """Return what an error has to say of firmware and TPM, which no undoing brings back."""
-    record = change.host.instances.get(change.uuid)
-    plan = None if record is None else record.rebuild
-    if (
-        plan is None
-        or not plan.anew
-        or plan.domain_xml is None
-        or not domain_changes.keeps_state(plan.domain_xml)
-    ):
-        return None
-    gone = "is gone" if plan.forgotten else "may be gone"
-    return (
-        f"what the instance's firmware and TPM had kept {gone}, and what is sealed with that TPM "
-        "then asks for its recovery key"
-    )
-
-
-def _undo(change: Change, cancellation: Cancellation) -> bool:
-    """Bring back what was, unless the new disks are the instance's already.
-
-    Returns:
-        False if the instance is left half rebuilt.
-
-    Raises:
-        AgentStopping: that goes on after the restart. Nothing else.
-    """
-    record = change.host.instances.get(change.uuid)
-    if record is None or record.rebuild is None:
-        return True
-    try:
-        _reverted(change, record, record.rebuild, cancellation)
-    except AgentStopping:
-        raise
-    except BootwrightError as e:
-        LOG.error(
-            "instance %s is left half rebuilt: %s; 'bootwright instance rebuild %s' begins by "
-            "bringing back what was",
-            change.uuid,
-            e,
-            change.uuid,
-        )
-        return False
-    return True
