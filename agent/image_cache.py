@@ -301,6 +301,15 @@ class ImageCache:
                 entry.path,
                 image.id,
             )
+        elif entry.manifest.content_digest is None:
+            LOG.warning(
+                "nobody has hashed the base %s of image %s since it was converted, so that nothing "
+                "tells whether its bytes are right; the image is fetched anew",
+                entry.path,
+                image.id,
+            )
+            self._store.forget(entry.name)
+            return None
         self._verifier.verify_locked(image.id, flight.cancellation)
         return self._lookup(image, flight.demand, verified=True)
 
@@ -355,8 +364,12 @@ class ImageCache:
         """Return a base made of another image's, if one has the very same bytes."""
         image = flight.image
         name = base_name(image.id)
+        if self._verify_before_use:
+            # The file would have to be read first, under the lock of the other image. Whoever
+            # holds that one may be waiting for the lock of the bytes, which this flight holds.
+            return None
         other = twin.find(self._store.entries(), image)
-        if other is None or self._verify_before_use:
+        if other is None:
             return None
         pin = f"twin of {name}"
         self._usage.pin(other.name, pin)

@@ -111,8 +111,11 @@ _IMAGE_CACHE: Final[list[cfg.Opt]] = [
     cfg.BoolOpt(
         "verify_before_use",
         default=False,
-        help="Read every base and check its hash before each new instance on it, and fetch a "
-        "damaged one anew: a second and more per GiB. If false, that is left to the scrub (see "
+        help="Read every base in the image cache and check its hash before each new instance on "
+        "it, and fetch one anew that is damaged or was never hashed: a second and more per "
+        "GiB. Not read is what lies elsewhere: volumes that thin snapshots are taken of "
+        "(images_type lvm) and images in Ceph that are cloned. An image whose bytes another one "
+        "has in the cache is fetched all the same. If false, reading is left to the scrub (see "
         "scrub_interval), but for a base that is not the file it was.",
     ),
     cfg.IntOpt(

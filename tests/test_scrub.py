@@ -161,6 +161,28 @@ def test_a_flipped_bit_is_found_before_the_base_is_used_where_that_is_wanted(
         kit.fetch(image)
 
 
+def test_base_that_nobody_has_hashed_is_fetched_anew_where_bases_are_verified_before_use(
+    tmp_path: Path, kit: CacheKit, source: Source
+) -> None:
+    (tmp_path / "raw").write_bytes(disk := random_bytes(2))
+    converted = tmp_path / "image"
+    subprocess.run(
+        ["qemu-img", "convert", "-O", "qcow2", "-f", "raw", tmp_path / "raw", converted], check=True
+    )
+    image = source.add(converted.read_bytes(), disk_format="qcow2")
+    base = kit.fetch(image)
+    (entry,) = kit.store.entries()
+    assert entry.manifest.content_digest is None
+    flip_a_bit(base.path)
+
+    kit = CacheKit(directory=kit.directory, source=source, verify_before_use=True)
+
+    assert kit.fetch(image).origin == "memory"
+    assert base.path.read_bytes() == disk
+    assert kit.fetch(image).origin == "cache"
+    assert len(source.opened) == 2
+
+
 def test_bytes_nobody_has_hashed_are_hashed_and_remembered(kit: CacheKit, source: Source) -> None:
     image = source.add(random_bytes(1))
     base = kit.fetch(image)
