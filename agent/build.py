@@ -92,9 +92,11 @@ class Build:
         self._uuid = str(self._instance.uuid)
         self._name = str(self._instance.name)
         self._home = Home(uuid=self._uuid, directory=host.instances.directory_of(self._uuid))
-        # Whether libvirt may know the instance by now, from this run or an
-        # earlier one, which has got no further than its record if at all.
-        self._may_have_domain = self._defines and host.instances.get(self._uuid) is not None
+        # Whether an earlier run has worked on it: that has got no further than its record if at
+        # all, or has left disks, or a domain.
+        self._has_begun = host.instances.get(self._uuid) is not None
+        # Whether libvirt may know the instance by now, from this run or an earlier one.
+        self._may_have_domain = self._defines and self._has_begun
 
     def run(self) -> None:
         """Build the instance and record the result.
@@ -383,7 +385,8 @@ class Build:
         """Remove the instance if this job made it and has not told so: domain, disks, record.
 
         If the domain cannot be removed the files stay too: a domain without its
-        disks is worse than an instance that can be deleted later.
+        disks is worse than an instance that can be deleted later. So does the record
+        if an earlier run may have made what is now in the way.
 
         Raises:
             AgentStopping: that goes on after the restart. Nothing else.
@@ -394,9 +397,9 @@ class Build:
         cancellation = self._cancellation.undoing()
         try:
             if self._may_have_domain:
-                remove_instance(self._host, made, cancellation, undoing=True)
+                remove_instance(self._host, made, cancellation, undoing=not self._has_begun)
             else:
-                remove_disks(self._host, made, cancellation, undoing=True)
+                remove_disks(self._host, made, cancellation, undoing=not self._has_begun)
         except AgentStopping:
             raise
         except BootwrightError as e:

@@ -43,10 +43,12 @@ def remove_disks(
 ) -> None:
     """Remove the disks, then the record that tells of them; done already is fine.
 
-    `undoing`: the instance was not finished. What bears another host's mark was in its way,
-    so it stays, and the record goes all the same.
+    `undoing`: the run that has begun the instance gives it up. What bears another host's mark
+    was in its way, so it stays, and the record goes all the same. In a later run it may be
+    a disk of the earlier one, from before `host_id` was changed.
 
     Raises:
+        HeldElsewhere: unless `undoing`; the record stays, and so does what follows that disk.
         BackendError: a disk cannot be removed.
         InvalidJob: the configuration has lost the backend of a disk.
     """
@@ -57,5 +59,12 @@ def remove_disks(
         except HeldElsewhere as e:
             if not undoing:
                 raise
-            LOG.warning("undoing instance %s: %s", record.name, e.message)
+            LOG.error(
+                "undoing instance %s: %s; no record tells of it from here on: if no host has an "
+                "instance %s, remove it: rbd rm %s",
+                record.name,
+                e.message,
+                record.uuid,
+                disk.path,
+            )
     host.instances.remove(record.uuid)

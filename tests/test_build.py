@@ -270,6 +270,35 @@ def test_boot_with_the_uuid_of_another_hosts_instance_is_undone_and_leaves_its_d
     assert not site.directory.exists()
     assert ceph.pools["vms"] == {f"{site.uuid}_disk": theirs}
     assert f"undoing instance {site.name}" in caplog.text
+    assert f"rbd rm vms/{site.uuid}_disk" in caplog.text
+
+
+def test_undo_after_a_restart_with_another_host_id_forgets_no_disk_of_the_earlier_run(
+    site: Site, ceph: FakeCeph, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop() -> None:
+        site.cancellation.cancel(AgentStopping("the agent is stopping"))
+
+    # With the root disk made and the next one begun.
+    ceph.before = {"rename": stop}
+    flavor = {"vcpus": 1, "ram": 64, "disk": 1, "swap": 64}
+    with pytest.raises(AgentStopping):
+        site.run(action="prepare", images_type="rbd", flavor=flavor)
+    assert set(ceph.pools["vms"]) == {f"{site.uuid}_disk"}
+    record = site.kit.instances.find(site.uuid)
+
+    ceph.before.clear()
+    name_host(site, ceph, "renamed")
+    [job] = site.journal.unfinished()
+    with pytest.raises(HeldElsewhere, match="in the way"):
+        Build(site.host, job.request, Recorder(site.journal, job), Cancellation()).run()
+
+    assert site.kit.instances.find(site.uuid) == record
+    assert f"rbd image-meta set vms/{site.uuid}_disk bootwright.host renamed" in caplog.text
+    assert f"bootwright instance delete {site.uuid}" in caplog.text
+    name_host(site, ceph, "host-1")
+    remove_instance(site.host, record, Cancellation())
+    assert ceph.pools["vms"] == {}
 
 
 @pytest.mark.parametrize("cancelled", [False, True])

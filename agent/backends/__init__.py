@@ -88,7 +88,7 @@ class Backend(Protocol):
         What can be done at once is done, whatever the cancellation says.
 
         Raises:
-            HeldElsewhere: nothing was removed.
+            HeldElsewhere: the disk was not removed; what an attempt to make it has left was.
             BackendError: it is not a disk of this instance; nothing was removed. Or it could
                 not be removed.
             BootwrightError: the reason of the cancellation; what is left goes with the next call.
