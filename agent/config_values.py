@@ -22,7 +22,7 @@ def rule(opt: cfg.Opt) -> str | None:
         case types.Integer(min=int(low), max=int(high)):
             found = f"must be a whole number from {low} to {high}"
         case types.Float(min=float(low), max=float(high)):
-            found = f"must be a number from {low:g} to {high:g}"
+            found = f"must be a number from {plain(low)} to {plain(high)}"
         case types.String(choices=choices) if choices:
             found = f"must be one of {', '.join(map(str, choices))}"
         case types.String(regex=regex) if regex is not None:
@@ -32,6 +32,11 @@ def rule(opt: cfg.Opt) -> str | None:
         case _:
             return None
     return found
+
+
+def plain(number: float) -> str:
+    """Return a bound as people write it: whole or not, never rounded, never `1e+09`."""
+    return f"{int(number)}" if number == int(number) else f"{number}"
 
 
 def problem(conf: cfg.ConfigOpts, section: str, name: str, value: object) -> str | None:

@@ -19,6 +19,7 @@ from oslo_config import cfg, types
 from pydantic import BaseModel
 
 from agent import config, errors, job, options, report
+from agent.config_values import plain
 from agent.errors import BootwrightError, ImageError
 
 ROOT: Final = Path(__file__).parents[1]
@@ -180,7 +181,7 @@ def _range(schema: Mapping[str, Any]) -> str:
         case {"minimum": low, "maximum": high}:
             return f", {low} to {high}"
         case {"exclusiveMinimum": low, "maximum": high}:
-            return f", more than {low:g}, at most {high:g}"
+            return f", more than {plain(low)}, at most {plain(high)}"
         case {"minimum": low}:
             return f", at least {low}"
         case _:
@@ -226,7 +227,7 @@ _OPTION_HEADERS: Final = ("Option", "Value", "Default", "Meaning")
 def _option_row(opt: cfg.Opt) -> Sequence[str]:
     default = opt.sample_default if opt.sample_default is not None else opt.default
     match default:
-        case None | []:
+        case None | [] | "":
             shown = ""
         case bool():
             shown = f"`{str(default).lower()}`"
@@ -244,7 +245,11 @@ def _option_kind(kind: object) -> str:
         case types.Integer(min=low, max=high) | types.Float(min=low, max=high):
             text = "whole number" if isinstance(kind, types.Integer) else "number"
             if low is not None:
-                text += f", {low:g} to {high:g}" if high is not None else f", at least {low:g}"
+                text += (
+                    f", {plain(low)} to {plain(high)}"
+                    if high is not None
+                    else f", at least {plain(low)}"
+                )
         case types.List():
             text = "list, separated by commas"
         case types.String(choices=choices) if choices:
