@@ -284,6 +284,16 @@ def test_what_strangers_write_does_nothing_to_a_terminal(
         assert r"a\x1b]0;b\x07\x9bc\u202ed\x7f" in shown.stdout
 
 
+@pytest.mark.parametrize("args", [("job", "show"), ("job", "events"), ("image", "list")])
+def test_no_line_of_a_table_on_a_pipe_is_filled_with_blanks(
+    cli: Cli, args: tuple[str, ...]
+) -> None:
+    job_id = json.loads(cli("boot", *FLAGS, "--format=json").stdout)["id"]
+    lines = cli(*args, *([] if "list" in args else [job_id])).stdout.splitlines()
+    assert len({len(line) for line in lines}) > 1
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
 def test_a_refused_fetch_does_not_hide_the_jobs_before_it(cli: Cli, service: FakeService) -> None:
     result = cli("image", "fetch", "img-1", "not an id", "--format", "json")
     assert result.exit_code == 4

@@ -40,7 +40,7 @@ def rows(headers: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
         column.overflow = "fold"
     for line in lines:
         table.add_row(*(escape(_text(cell)) for cell in line))
-    _console().print(table)
+    _print(table)
 
 
 def pairs(lines: Iterable[tuple[str, object]]) -> None:
@@ -51,7 +51,7 @@ def pairs(lines: Iterable[tuple[str, object]]) -> None:
     for name, value in lines:
         if text := _text(value):
             table.add_row(escape(name), escape(text))
-    _console().print(table)
+    _print(table)
 
 
 def size(count: float | None) -> str:
@@ -73,8 +73,15 @@ def instant(epoch: float | None) -> str:
     return datetime.fromtimestamp(epoch).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+def _print(table: Table) -> None:
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table)
+        return
+    console = Console(highlight=False, width=_PIPE_WIDTH)
+    with console.capture() as captured:
+        console.print(table)
+    # rich fills every line up to the table's width, which here is that of its longest line.
+    click.echo("\n".join(line.rstrip() for line in captured.get().split("\n")), nl=False)
 
 
 def _text(value: object) -> str:
