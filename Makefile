@@ -71,7 +71,7 @@ $(PACKAGES): | $(TOOLS)/.installed
 	    || ! grep -qvxE '[a-z0-9][a-z0-9+.-]+' <<<"$$missing" \
 	    || { echo "bindep failed, see above"; exit 1; }; \
 	if [ -n "$$missing" ]; then \
-	    echo "installing $$(wc -w <<<"$$missing") Debian packages"; \
+	    echo "installing $$(wc -w <<<"$$missing") Debian packages and what they need (some 250 MB, a few minutes)"; \
 	    $(call apt,install --no-install-recommends $$missing); \
 	fi
 	@touch $@
@@ -94,7 +94,7 @@ $(VENV)/bin/pip: | $(PACKAGES)
 	@$(PYTHON) -m venv --clear $(VENV)
 
 $(INSTALLED): | $(VENV)/bin/pip
-	@echo "installing bootwright into a virtualenv"
+	@echo "installing bootwright into a virtualenv (a minute or two)"
 	@rm -f $(VENV)/.installed*
 	@$(CLEAN_BUILD)
 	@$(VENV)/bin/pip install -qq --disable-pip-version-check .

@@ -3,7 +3,7 @@
 Run as root by the interpreter of the virtualenv that Bootwright is installed in. It is a tour and
 a proof in one: what the guest says on its serial console has to be what was put into its image.
 What the demo starts, a libvirtd and an agent of its own, ends with it; the libvirt of the host is
-not touched. Nothing but the cached guest stays, unless something fails: then the logs do.
+not used. The cached guest and the user `bootwright` stay; if something fails, the logs do as well.
 """
 
 import os
@@ -91,7 +91,8 @@ def _demonstrate(work: Path) -> None:
         )
         stack.callback(agent.close)
         agent.start()
-        _say(f"$ alias bootwright={shlex.quote(shlex.join(agent.command()))}")
+        alias = shlex.quote(shlex.join(agent.command()))
+        _say(f"$ alias bootwright={alias}  # (while the demo runs)")
         _run(agent, "status")
         _say("\n# Register the images; the root image says which kernel and ramdisk it boots with")
         image_id = _register(agent, files)
