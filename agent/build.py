@@ -39,6 +39,7 @@ from agent.errors import (
 )
 from agent.hardware import Hardware
 from agent.host import Host
+from agent.hypervisor import DEFAULT_NETWORK
 from agent.image import Image
 from agent.image_hardware import on_host, warn_of_unknown
 from agent.instances import InstanceRecord
@@ -309,8 +310,16 @@ class Build:
         if template is not None and domain_xml.has_interface(template):
             return ()
         # What most people mean who say nothing, where it exists.
-        if self._defines and self._host.hypervisor.has_active_network("default"):
-            return (Network(network="default"),)
+        if not self._defines:
+            return ()
+        if self._host.hypervisor.has_active_network(DEFAULT_NETWORK):
+            return (Network(network=DEFAULT_NETWORK),)
+        LOG.info(
+            "instance %s gets no network card: its job has no networks, and libvirt's network %s "
+            "is not active",
+            self._uuid,
+            DEFAULT_NETWORK,
+        )
         return ()
 
     def _domain_xml(

@@ -30,6 +30,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     filesystem.records,
     filesystem.hosts,
     outside.libvirt,
+    outside.network,
     host.virtualization,
     host.programs,
     host.kernel,

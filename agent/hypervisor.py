@@ -25,6 +25,9 @@ T = TypeVar("T")
 _LOOK_LIMIT_S: Final = 15.0
 _WORK_LIMIT_S: Final = 120.0
 
+DEFAULT_NETWORK: Final = "default"
+"""The network, where it is active, of guests whose job names none."""
+
 _STATES: Final = {
     libvirt.VIR_DOMAIN_NOSTATE: "no state",
     libvirt.VIR_DOMAIN_RUNNING: "running",

@@ -4,6 +4,7 @@ What needs QEMU is in functional/.
 """
 
 import errno
+import logging
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -200,6 +201,25 @@ def test_delete_leaves_a_domain_alone_that_another_tool_defined(
     assert site.hypervisor.state(site.uuid) == "shut off"
     assert not site.directory.exists()
     assert site.uuid in caplog.text
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_boot_that_gets_no_network_card_says_so(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture, active: bool
+) -> None:
+    caplog.set_level(logging.INFO)
+    bare = tmp_path / "node.xml"
+    bare.write_text("<node/>")
+    uri = "test:///default" if active else f"test://{bare}"
+    hypervisor = Hypervisor(uri, virt_type="test")
+
+    site.run(replace(site.host, hypervisor=hypervisor), networks=None)
+
+    record = site.kit.instances.find(site.uuid)
+    remove_instance(replace(site.host, hypervisor=hypervisor), record, Cancellation())
+    hypervisor.close()
+    said = f"instance {site.uuid} gets no network card"
+    assert (said in caplog.text) is not active
 
 
 def test_failure_before_anything_was_defined_is_undone_without_libvirt(

@@ -377,6 +377,22 @@ def test_libvirt_that_is_away_is_an_error(settings: Settings) -> None:
     assert results(found) == [("libvirt", Result.ERROR)]
 
 
+def test_the_network_of_jobs_that_name_none_is_looked_for(
+    settings: Settings, tmp_path: Path
+) -> None:
+    def at(uri: str) -> list[Finding]:
+        there = dataclasses.replace(settings.libvirt, connection_uri=uri)
+        return list(outside.network(dataclasses.replace(settings, libvirt=there)))
+
+    bare = tmp_path / "node.xml"
+    bare.write_text("<node/>")
+    assert only(at("test:///default"), Result.OK).name == "network"
+    assert only(at(f"test://{bare}"), Result.WARNING).message == (
+        "libvirt's network default is not active; jobs without networks get no card"
+    )
+    assert at("qemu:///system?socket=/nonexistent") == []
+
+
 def test_the_agent_is_asked_if_it_runs(
     settings: Settings, listener: Listener, service: FakeService, socket_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from agent.checks import error, ok, warning
 from agent.client import AgentUnavailable, Client, Refused
 from agent.directory import DirectorySource
 from agent.errors import BootwrightError
-from agent.hypervisor import Hypervisor
+from agent.hypervisor import DEFAULT_NETWORK, Hypervisor
 from agent.settings import ImageSourceName, Settings
 from agent.views import Finding
 
@@ -38,6 +38,27 @@ def libvirt(settings: Settings) -> Iterator[Finding]:
         )
     finally:
         hypervisor.close()
+
+
+def network(settings: Settings) -> Iterator[Finding]:
+    """The network of guests whose job names none; nothing to say where libvirt does not answer."""
+    hypervisor = Hypervisor(settings.libvirt.connection_uri, virt_type=settings.libvirt.virt_type)
+    try:
+        active = hypervisor.has_active_network(DEFAULT_NETWORK)
+    except BootwrightError:
+        return
+    finally:
+        hypervisor.close()
+    name = "network"
+    if active:
+        yield ok(name, f"libvirt's network {DEFAULT_NETWORK} is active")
+        return
+    yield warning(
+        name,
+        f"libvirt's network {DEFAULT_NETWORK} is not active; jobs without networks get no card",
+        f"install dnsmasq-base, virsh net-autostart {DEFAULT_NETWORK}, virsh net-start "
+        f"{DEFAULT_NETWORK}; or name networks in the jobs",
+    )
 
 
 def ceph(settings: Settings) -> Iterator[Finding]:
