@@ -291,7 +291,7 @@ class JobRequest(_Schema):
     """What becomes of the domain."""
     networks: tuple[Network, ...] | None = Field(default=None, max_length=16)
     """A network card each; `[]` for none. If absent, one on libvirt's network `default` where that
-    is active, else none."""
+    is active, else none, and the log says so."""
 
     @model_validator(mode="after")
     def _needs(self) -> Self:
