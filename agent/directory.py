@@ -5,8 +5,9 @@
 
 Like Glance it never changes the bytes under an id. What stands in the
 directory without a record is left over from something interrupted and is not
-an image. Whoever may write to the directory is trusted; whoever chose an id is
-not, so an id never leads out of it, not by a symbolic link either.
+an image: whoever takes one out removes the record first. Whoever may write to
+the directory is trusted; whoever chose an id is not, so an id never leads out
+of it, not by a symbolic link either.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ from agent.errors import (
     ImageSourceUnavailable,
     InvalidJob,
 )
-from agent.files import fsync_directory, no_space, write_durably
+from agent.files import no_space, write_durably
 from agent.image import Image
 from agent.job import ImageId
 from agent.job import image_id as canonical_image_id
@@ -199,18 +200,6 @@ class DirectorySource:
                 )
         return _image(record)
 
-    def remove(self, image_id: str) -> None:
-        """Forget an image; who is reading it may go on to the end.
-
-        Raises:
-            ImageNotFound: the directory has none.
-        """
-        image_id = self._existing_id(image_id)
-        with self._reading(image_id), self._exclusively():
-            self._record_path(image_id).unlink()
-            fsync_directory(self._directory)
-            self._data_path(image_id).unlink(missing_ok=True)
-
     def sweep(self) -> None:
         """Remove what an `add` that was killed has left; one that is running is let be."""
         for path in self._directory.glob(".*.staged"):
@@ -256,7 +245,7 @@ class DirectorySource:
 
     @contextlib.contextmanager
     def _exclusively(self) -> Iterator[None]:
-        """No other `add` or `remove` changes names meanwhile; the kernel ends it with us."""
+        """No other `add` changes names meanwhile; the kernel ends it with us."""
         fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)

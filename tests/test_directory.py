@@ -85,7 +85,7 @@ def test_no_id_leads_out_of_the_directory(
     with pytest.raises(InvalidJob, match="must be an image id"):
         source.add([DATA], disk_format="raw", name="x", image_id=image_id)
     with pytest.raises(ImageNotFound):
-        source.remove(image_id)
+        source.get(image_id)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -254,15 +254,22 @@ def test_record_of_another_image(source: DirectorySource, directory: Path) -> No
         source.get("two")
 
 
-def test_remove_lets_readers_finish(source: DirectorySource, directory: Path) -> None:
-    image = source.add([DATA], disk_format="raw", name="x")
+def test_an_image_taken_out_by_hand_is_gone_and_readers_finish(
+    source: DirectorySource, directory: Path
+) -> None:
+    image = source.add([DATA], disk_format="raw", name="x", image_id="one")
     body = source.open(image, 0)
-    source.remove(image.id)
+    (directory / "one.json").unlink()
+    assert source.list() == ()
+    with pytest.raises(ImageNotFound):
+        source.get("one")
+    (directory / "one.data").unlink()
+    with pytest.raises(ImageNotFound):
+        source.open(image, 0)
     assert b"".join(body) == DATA
     body.close()
-    assert list(directory.iterdir()) == []
-    with pytest.raises(ImageNotFound):
-        source.remove(image.id)
+    source.add([DATA], disk_format="raw", name="x", image_id="one")
+    assert read(source, "one") == DATA
 
 
 def test_list_is_in_order_and_empty_without_a_directory(source: DirectorySource) -> None:

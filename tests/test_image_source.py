@@ -41,7 +41,11 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
             )
             return image.id
 
-        yield Case(source=directory, store=add, remove=directory.remove)
+        def take_out(image_id: str) -> None:
+            for kind in ("json", "data"):
+                (tmp_path / "images" / f"{image_id}.{kind}").unlink()
+
+        yield Case(source=directory, store=add, remove=take_out)
         return
     with fake_glance() as glance:
         session = Session(auth=NoAuth(endpoint=glance.url), timeout=10)
