@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from agent import claims, doctor
 from agent.checks import filesystem, host, ok, outside
 from agent.cli import main
 from agent.config import Configuration
+from agent.directory import DirectorySource
 from agent.disk import DiskType, Link
 from agent.files import write_durably
 from agent.job import ImagesType
@@ -364,8 +366,11 @@ def test_a_clock_that_is_not_glances_is_told(glance: FakeGlance, configure: Conf
 
 
 def test_the_local_images_are_counted(settings: Settings) -> None:
-    assert only(outside.images(settings), Result.OK).message.startswith("0 in ")
-    settings.images.directory.rmdir()
+    empty = only(outside.images(settings), Result.OK)
+    assert empty.message.endswith("is empty; 'bootwright image add' puts images there")
+    DirectorySource(settings.images.directory).add([b"x"], disk_format="raw", name="x")
+    assert only(outside.images(settings), Result.OK).message.endswith(": 1")
+    shutil.rmtree(settings.images.directory)
     only(outside.images(settings), Result.WARNING)
 
 

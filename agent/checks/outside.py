@@ -92,15 +92,20 @@ def _local_images(settings: Settings) -> Iterator[Finding]:
     directory = settings.images.directory
     if not directory.is_dir():
         yield warning(
-            "images", f"{directory} is not there", "'bootwright image add' makes it, once started"
+            "image source",
+            f"{directory} is not there",
+            "'bootwright image add' makes it, once started",
         )
         return
     try:
         found = DirectorySource(directory).list()
     except (BootwrightError, OSError) as e:
-        yield error("images", f"{directory}: {e}", "chown bootwright: it")
+        yield error("image source", f"{directory}: {e}", "chown bootwright: it")
         return
-    yield ok("images", f"{len(list(found))} in {directory}")
+    if found:
+        yield ok("image source", f"images in {directory}: {len(found)}")
+    else:
+        yield ok("image source", f"{directory} is empty; 'bootwright image add' puts images there")
 
 
 def _glance(settings: Settings) -> Iterator[Finding]:
