@@ -350,6 +350,23 @@ def test_verify_reads_all_images_and_fails_if_one_is_damaged(
     assert [v["soundness"] for v in json.loads(result.stdout)["images"]] == ["intact", "damaged"]
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("job events", "events [OPTIONS] [ID]"),
+        ("job wait", "for ever if not given"),
+        ("boot", "for ever if not given"),
+        ("boot", "Wait for the end (the default)"),
+        ("image fetch", "for ever if not given"),
+        ("image fetch", "Wait for the end (the default)"),
+        ("image remove", "stays in Glance or in the local directory"),
+    ],
+)
+def test_help_tells_what_happens_without_and_besides(command: str, words: str) -> None:
+    shown = alone(*command.split(), "--help")
+    assert words in " ".join(shown.stdout.split())
+
+
 def test_an_image_in_use_stays(cli: Cli) -> None:
     cli("boot", *FLAGS)
     result = cli("image", "remove", "img-1")

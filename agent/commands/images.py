@@ -29,9 +29,17 @@ def image() -> None:
 @image.command()
 @click.argument("image_ids", metavar="ID...", nargs=-1, required=True)
 @click.option(
-    "--wait/--no-wait", "waits", default=True, help="Wait for the end, or print the jobs' ids."
+    "--wait/--no-wait",
+    "waits",
+    default=True,
+    help="Wait for the end (the default), or print the jobs' ids.",
 )
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Seconds to wait.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="Seconds to wait; for ever if not given.",
+)
 @invocation
 def fetch(
     call: Invocation, image_ids: tuple[str, ...], *, waits: bool, timeout: float | None
@@ -122,7 +130,10 @@ def add(
 @click.argument("image_id", metavar="ID")
 @invocation
 def remove(call: Invocation, image_id: str) -> None:
-    """Remove an image from the cache; one that an instance stands on stays."""
+    """Remove an image from the cache; one that an instance stands on stays.
+
+    The image itself stays in Glance or in the local directory.
+    """
     with call.client() as client:
         client.remove_image(image_id)
     emit(call, {"removed": image_id}, lambda: click.echo(f"{image_id} removed", err=True))

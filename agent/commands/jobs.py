@@ -65,7 +65,12 @@ def show(call: Invocation, job_id: str) -> None:
 
 @job.command("wait")
 @click.argument("job_id", metavar="ID")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Seconds to wait.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="Seconds to wait; for ever if not given.",
+)
 @invocation
 def wait_(call: Invocation, job_id: str, timeout: float | None) -> None:
     """Wait for the end of a job and show it."""
@@ -86,7 +91,7 @@ def cancel(call: Invocation, job_id: str) -> None:
 
 
 @job.command()
-@click.argument("job_id", metavar="ID", required=False)
+@click.argument("job_id", metavar="[ID]", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what happens from now on.")
 @click.option(
     "--since",

@@ -18,10 +18,16 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def waiting(function: Function) -> Function:
     """Add the options `--wait/--no-wait` and `--timeout` to a command."""
     waits = click.option(
-        "--wait/--no-wait", "waits", default=True, help="Wait for the end, or print the job's id."
+        "--wait/--no-wait",
+        "waits",
+        default=True,
+        help="Wait for the end (the default), or print the job's id.",
     )
     timeout = click.option(
-        "--timeout", type=click.FloatRange(min=0), metavar="S", help="Seconds to wait."
+        "--timeout",
+        type=click.FloatRange(min=0),
+        metavar="S",
+        help="Seconds to wait; for ever if not given.",
     )
     return waits(timeout(function))
 
