@@ -21,6 +21,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from agent.errors import InvalidJob
 
@@ -354,11 +355,32 @@ def _sentences(error: ValidationError) -> Iterable[str]:
             *path, name = (str(part) for part in detail["loc"])
             yield _unknown_field(path, name)
             continue
-        message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        message = _expectation(detail)
         given = detail["input"]
         if isinstance(given, str | int | float) and not isinstance(given, bool):
             message = f"{message} (it is {given!r:.80})"
         yield f"{where}: {message}" if where else message
+
+
+def _expectation(detail: ErrorDetails) -> str:
+    """What a value should be: pydantic's words where they are not those of Python."""
+    match detail:
+        case {"type": "model_type", "ctx": {"class_name": str(name)}}:
+            text = f"should be a mapping, such as {_EXAMPLES[name]}"
+        case {"type": "dict_type"}:
+            text = "should be a mapping, such as {name: value}"
+        case {"type": "tuple_type"}:
+            text = "should be a list"
+        case {"type": "string_type", "input": bool() | int() | float()}:
+            text = "should be a text: put it in quotes"
+        case {"type": "string_type"}:
+            text = "should be a text"
+        case {"type": "string_pattern_mismatch", "loc": (*_, "mac")}:
+            text = "should look like 52:54:00:12:34:56"
+        case _:
+            text = detail["msg"].removeprefix("Value error, ")
+            text = text.removeprefix("Input ").removeprefix("String ")
+    return text
 
 
 def _unknown_field(path: list[str], name: str) -> str:
@@ -378,6 +400,16 @@ def _fields_at(path: list[str]) -> list[str]:
         model = _MODELS[part]
     return list(model.model_fields)
 
+
+_EXAMPLES = {
+    "Instance": "{name: web-1}",
+    "Flavor": "{vcpus: 1, ram: 512, disk: 10}",
+    "Ephemeral": "{size: 10}",
+    "ImageRef": "{id: 0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1}",
+    "Libvirt": "{start: false}",
+    "Network": "{network: default}",
+}
+"""Of each mapping within a job, as YAML."""
 
 _MODELS: dict[str, Any] = {
     "instance": Instance,

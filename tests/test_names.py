@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from agent import job
 from agent.directory import DirectorySource
@@ -61,6 +62,52 @@ def test_no_image_gets_the_base_of_another() -> None:
 def test_an_instance_cannot_be_called_like_the_uuid_of_another(name: str) -> None:
     with pytest.raises(InvalidJob, match=r"instance\.name: must not look like a UUID"):
         job.parse({**document(), "instance": {"name": name}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image": "x"}, "image: should be a mapping, such as {id: 0b46a3c6-25a5-4b9c"),
+        ({"instance": ["x"]}, "instance: should be a mapping, such as {name: web-1}"),
+        ({"flavor": 1}, "flavor: should be a mapping, such as {vcpus: 1, ram: 512, disk: 10}"),
+        (
+            {"flavor": {"vcpus": 1, "ram": 1, "disk": 1, "ephemeral": [10]}},
+            "flavor.ephemeral.0: should be a mapping, such as {size: 10} (it is 10)",
+        ),
+        ({"libvirt": "no"}, "libvirt: should be a mapping, such as {start: false}"),
+        ({"networks": ["x"]}, "networks.0: should be a mapping, such as {network: default}"),
+        ({"networks": "x"}, "networks: should be a list (it is 'x')"),
+        (
+            {"networks": [{"bridge": "br0", "mac": "52-54"}]},
+            "networks.0.mac: should look like 52:54:00:12:34:56 (it is '52-54')",
+        ),
+        ({"request_id": "x"}, "request_id: should match pattern '^req-"),
+        (
+            {"instance": {"name": "web-1", "metadata": {"a": 1, "b": True, "c": None}}},
+            (
+                "instance.metadata.a: should be a text: put it in quotes (it is 1); "
+                "instance.metadata.b: should be a text: put it in quotes; "
+                "instance.metadata.c: should be a text"
+            ),
+        ),
+        (
+            {"instance": {"name": "web-1", "metadata": "x"}},
+            "instance.metadata: should be a mapping, such as {name: value} (it is 'x')",
+        ),
+    ],
+)
+def test_what_a_value_should_be_is_said_in_words_of_the_file(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidJob) as refused:
+        job.parse({**document(), **fields})
+    assert refused.value.message.startswith(message)
+
+
+def test_every_mapping_of_a_job_has_an_example_that_is_valid() -> None:
+    for name, example in job._EXAMPLES.items():
+        getattr(job, name).model_validate(yaml.safe_load(example))
+    assert {model.__name__ for model in job._MODELS.values()} == job._EXAMPLES.keys()
 
 
 @pytest.mark.parametrize("name", names.FLAVORS)
