@@ -109,6 +109,17 @@ def test_failed_boot_exits_1_with_code_message_and_hint(cli: Cli, service: FakeS
     assert result.exit_code == 1
     assert "ImageCorrupt: hash differs" in result.stderr
     assert "Hint: upload again" in result.stderr
+    assert "ERROR" in result.stdout
+    assert not re.search("hash differs|upload again", result.stdout)
+    job_id = re.findall(r"^id +(.+)", result.stdout)[0]
+    waited = cli("job", "wait", job_id)
+    assert not re.search("hash differs|upload again", waited.stdout)
+    assert "Hint: upload again" in waited.stderr
+    shown = cli("job", "show", job_id).stdout
+    assert re.findall(r"(?m)^(error|hint) +(.+)", shown) == [
+        ("error", "ImageCorrupt: hash differs"),
+        ("hint", "upload again"),
+    ]
     document = cli("boot", *FLAGS, "--format", "json")
     assert document.exit_code == 1
     assert json.loads(document.stdout)["error"]["code"] == "ImageCorrupt"
@@ -192,6 +203,8 @@ def test_validate_needs_no_agent(job_file: Path) -> None:
     result = alone("job", "validate", str(job_file))
     assert result.exit_code == 2
     assert "did you mean deadline_s?" in result.stderr
+    assert "Hint: the fields are in docs/job.md" in result.stderr
+    assert "job validate" not in result.stderr
 
 
 def test_jobs_are_listed_shown_cancelled_and_their_events_told(

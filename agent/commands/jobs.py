@@ -76,7 +76,7 @@ def wait_(call: Invocation, job_id: str, timeout: float | None) -> None:
     """Wait for the end of a job and show it."""
     with call.client() as client:
         (report,) = wait(client, [job_id], timeout)
-    emit(call, report, lambda: print_job(report))
+    emit(call, report, lambda: print_job(report, with_error=False))
     conclude([report])
 
 
@@ -138,7 +138,9 @@ def validate(call: Invocation, file: IO[bytes]) -> None:
     try:
         request = job_schema.parse(job_file.load(file))
     except InvalidJob as e:
-        raise Failure(f"{name}: {e.code}: {e.message}", e.hint, code=Exit.USAGE) from e
+        # Not its hint, which is to use this command.
+        message = f"{name}: {e.code}: {e.message}"
+        raise Failure(message, "the fields are in docs/job.md", code=Exit.USAGE) from e
     emit(call, request, lambda: click.echo(f"{name} is a valid job of action {request.action}"))
 
 
@@ -158,8 +160,9 @@ def _following(client: Client, since: int, job_id: str | None) -> Iterator[Event
         time.sleep(_RECONNECT_S)
 
 
-def print_job(report: JobReport) -> None:
-    """Print a job for people."""
+def print_job(report: JobReport, *, with_error: bool = True) -> None:
+    """Print a job for people; its error is left out where `conclude` tells it."""
+    error = report.error if with_error else None
     pairs(
         [
             ("id", report.id),
@@ -179,8 +182,8 @@ def print_job(report: JobReport) -> None:
                 )
                 for phase in report.timeline
             ),
-            *((("error", f"{report.error.code}: {report.error.message}"),) if report.error else ()),
-            ("hint", report.error.hint if report.error else None),
+            ("error", f"{error.code}: {error.message}" if error else None),
+            ("hint", error.hint if error else None),
         ]
     )
 

@@ -44,5 +44,5 @@ def finish(
         emit(call, report, lambda: click.echo(report.id))
         return
     (ended,) = wait(client, [report.id], timeout)
-    emit(call, ended, lambda: print_job(ended))
+    emit(call, ended, lambda: print_job(ended, with_error=False))
     conclude([ended])
