@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from oslo_config import cfg, types
 
-from agent import config, config_files
+from agent import config, config_files, config_values
 from agent.config import ConfigError, Configuration
 from agent.config_files import api_socket
 from agent.disk import DiskType
@@ -193,7 +193,7 @@ def test_known_names_are_not_warned_of(write: Write) -> None:
         ("[DEFAULT]\nstate_path = relative\n", ["absolute path"]),
         ("[libvirt]\nimages_type = tape\n", ["[libvirt]", "default, qcow2, raw"]),
         ("[libvirt]\ndisk_cachemodes = file=fast\n", ["writethrough"]),
-        ("[glance]\nstall_timeout = 0\n", ["from 1 to 3600"]),
+        ("[glance]\nstall_timeout = 0\n", ["must be a number from 1 to 3600"]),
         ("[glance]\nendpoint_override = ftp://a\n", ["endpoint_override = ftp://a"]),
         ("[image_cache]\nsubdirectory_name = ../x\n", ["not a path"]),
         ("[image_cache]\nhigh_watermark = 0\n", ["from 1 to 100"]),
@@ -400,3 +400,11 @@ def test_the_sample_file_is_current() -> None:
     assert sample.read_text(encoding="utf-8") == config.sample(), (
         "run: bootwright config sample > etc/…sample"
     )
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (3600.0, "3600"), (0.5, "0.5"), (1 << 30, "1073741824"), (1048577.0, "1048577")],
+)
+def test_a_bound_is_written_in_full(number: float, text: str) -> None:
+    assert config_values.plain(number) == text
