@@ -165,6 +165,7 @@ class Build:
             return False
         if not (self._defines and self._request.libvirt.start) or not is_running(self._own_state()):
             return False
+        self._recorder.phase(TaskState.SPAWNING)
         # An agent that is dead by now may still be starting it: this waits for the end of that.
         with contextlib.suppress(HypervisorError):
             self._host.hypervisor.start(self._uuid)
