@@ -210,6 +210,7 @@ def _empty_app(schema_url: str | None = "/v1/openapi.json") -> FastAPI:
         # With a default, FastAPI does not promise its own 422 any more.
         responses={"default": {"model": api_errors.Answer, "description": "Error"}},
     )
+    # As FastAPI itself says to extend its schema.
     app.openapi = functools.partial(_openapi, app)  # type: ignore[method-assign]
     api_errors.install(app)
     return app
@@ -308,6 +309,7 @@ def _add_images(app: FastAPI, service: Service, waiters: _Waiters) -> None:
         disk_format: Annotated[str, Query(pattern=r"^[a-z0-9]{1,16}$")],
         name: Annotated[str | None, Query(max_length=255)] = None,
         id: ImageId | None = None,  # noqa: A002 - the name of the parameter in the URL
+        # FastAPI copies the default for each request.
         property: Annotated[list[str], Query(max_length=128)] = [],  # noqa: A002, B006
     ) -> ImageEntry:
         add = functools.partial(

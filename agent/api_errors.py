@@ -141,7 +141,7 @@ class _Outermost:
                 await self._app(scope, receive, send_with_id)
             except ClientDisconnect:
                 LOG.debug("the caller of %s %s has gone", scope["method"], scope["path"])
-            except Exception:
+            except Exception:  # whatever it is, the caller gets an answer and the log the traceback
                 LOG.exception("%s %s failed: a defect", scope["method"], scope["path"])
                 if begun:
                     return  # half an answer is out, the server closes the connection

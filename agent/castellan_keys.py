@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from castellan import key_manager
+from castellan.common.exception import ManagedObjectNotFoundError
 from castellan.common.utils import credential_factory
 from oslo_config import cfg
 
@@ -16,6 +17,8 @@ from agent.errors import BackendError
 from agent.files import fsync_directory, write_durably
 from agent.instance_keys import check_uuid
 
+# What is caught of castellan is `Exception`: each of its backends raises errors of its own
+# libraries (requests, keystoneauth, barbicanclient, hvac …), and promises no others.
 _ALGORITHM = "AES"
 
 
@@ -85,10 +88,10 @@ class CastellanKeys:
         manager, context = self._reach("removing", instance_uuid)
         try:
             manager.delete(context, path.read_text(encoding="ascii"))
+        except ManagedObjectNotFoundError:
+            pass  # done already, by an earlier attempt that came no further
         except Exception as e:
-            # Done already, by an earlier attempt that came no further, is done.
-            if type(e).__name__ != "ManagedObjectNotFoundError":
-                raise _error("removing", instance_uuid, e) from e
+            raise _error("removing", instance_uuid, e) from e
         path.unlink(missing_ok=True)
         fsync_directory(self._directory)
 

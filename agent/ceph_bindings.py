@@ -63,7 +63,7 @@ def _module(name: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException:  # as the import machinery itself does: no half module is found again
         del sys.modules[name]
         raise
     return module

@@ -280,6 +280,7 @@ def _read(model: type[M], response: httpx.Response) -> M:
 
 def _read_list(model: type[M], response: httpx.Response, key: str) -> list[M]:
     try:
+        # A type that is a value: pydantic takes it, mypy has no word for it.
         return TypeAdapter(dict[str, list[model]]).validate_json(  # type: ignore[valid-type]
             response.content
         )[key]

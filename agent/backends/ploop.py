@@ -159,7 +159,7 @@ def _appearing(disk: Disk) -> Iterator[Path]:
         _sync(aside)
         aside.rename(final)
         files.fsync_directory(final.parent)
-    except BaseException:
+    except BaseException:  # a cancel and a stop of the agent leave nothing either
         files.remove_tree(aside)
         raise
 
