@@ -1,0 +1,97 @@
+"""Rescuing an instance from a disk of its own, and the way back."""
+
+import dataclasses
+import uuid
+
+import pytest
+from lxml import etree
+
+from agent.cancellation import Cancellation
+from agent.domain_changes import sources_of
+from agent.errors import ImageUnacceptable, InvalidJob
+from agent.recorder import Recorder
+from agent.report import Status
+from agent.rescue import rescue, unrescue
+from tests.cache_kit import random_bytes
+from tests.change_kit import accepted, queued, record, restarted, save, second_image, site
+from tests.site_kit import Site
+
+__all__ = ["site"]
+
+
+def test_rescue_that_a_crash_interrupts_goes_on_with_the_images_it_began_with(site: Site) -> None:
+    site.run()
+    kernel = site.kit.source.add(random_bytes(1), image_id="kernel", disk_format="aki")
+    image_id = second_image(site, os_command_line="quiet")
+    request, recorder = accepted(site, "rescue", image={"id": image_id})
+    host = restarted(site, lambda host, stops: rescue(host, request, recorder, stops))
+    assert host.instances.find(site.uuid).rescue is not None
+    second_image(site, kernel_id=kernel.id, os_command_line="loud")
+
+    rescue(host, request, Recorder(site.journal, queued(site, recorder)), Cancellation())
+
+    xml = site.hypervisor.xml(site.uuid)
+    assert etree.fromstring(xml.encode()).find("os/kernel") is None
+    assert str(site.directory / "disk.rescue") in sources_of(xml)
+
+
+def test_instance_that_demands_signed_images_demands_them_for_its_rescue(site: Site) -> None:
+    site.run()
+    known = record(site)
+    assert known.origin is not None
+    origin = dataclasses.replace(known.origin, trusted_certificates=(str(uuid.uuid4()),))
+    site.kit.instances.write(dataclasses.replace(known, origin=origin))
+    request, recorder = accepted(site, "rescue")
+
+    with pytest.raises(ImageUnacceptable, match="sign"):
+        rescue(site.host, request, recorder, Cancellation())
+
+    assert record(site).rescue is None
+
+
+def test_rescue_does_not_wake_a_guest_that_is_suspended_to_disk(site: Site) -> None:
+    site.run()
+    save(site)
+    request, recorder = accepted(site, "rescue")
+    with pytest.raises(InvalidJob, match="suspended to disk"):
+        rescue(site.host, request, recorder, Cancellation())
+    assert record(site).rescue is None
+    assert site.hypervisor.has_saved_state(site.uuid)
+
+
+@pytest.mark.parametrize("changed", ["image gone", "deadline passed"])
+def test_rescue_that_runs_is_left_alone_by_the_run_after_a_crash(site: Site, changed: str) -> None:
+    site.run()
+    image_id = site.kit.source.add(random_bytes(1), image_id="tools").id
+    request, recorder = accepted(site, "rescue", image={"id": image_id})
+    job = queued(site, recorder)
+    rescue(site.host, request, recorder, Cancellation())
+    if changed == "image gone":
+        del site.kit.source.images[image_id]
+    late = Cancellation(1, elapsed_s=2) if changed == "deadline passed" else Cancellation()
+
+    again = Recorder(site.journal, job)
+    rescue(site.host, request, again, late)
+
+    assert again.report.status is Status.ACTIVE
+    assert record(site).rescue is not None
+    xml = site.hypervisor.xml(site.uuid, live=True)
+    assert str(site.directory / "disk.rescue") in sources_of(xml)
+
+
+def test_unrescue_whose_last_word_a_power_cut_took_back_has_ended_well(site: Site) -> None:
+    site.run()
+    request, recorder = accepted(site, "rescue")
+    rescue(site.host, request, recorder, Cancellation())
+    request, recorder = accepted(site, "unrescue")
+    queued = site.journal.get(recorder.report.id)
+    unrescue(site.host, request, recorder, Cancellation())
+    assert record(site).rescue is None
+
+    again = Recorder(site.journal, queued)
+    unrescue(site.host, request, again, Cancellation())
+
+    assert again.report.status is Status.ACTIVE
+    request, recorder = accepted(site, "unrescue")
+    with pytest.raises(InvalidJob, match="is not being rescued"):
+        unrescue(site.host, request, recorder, Cancellation())
