@@ -1,7 +1,6 @@
 """Jobs that change an instance of a test's host, and a libvirt that refuses them."""
 
 import dataclasses
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,39 +13,18 @@ from agent.errors import AgentStopping, HypervisorError, InvalidJob
 from agent.host import Host
 from agent.hypervisor import Hypervisor
 from agent.instances import InstanceRecord, Instances
-from agent.job import JobRequest, parse
-from agent.journal import Job, digest_of
+from agent.job import JobRequest
+from agent.journal import Job
 from agent.recorder import Recorder
-from agent.report import JobReport, Status
+from agent.report import Status
 from tests.cache_kit import random_bytes
 from tests.site_kit import Site
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path)
-    yield site
-    site.hypervisor.destroy(site.uuid)
-    site.hypervisor.discard_saved_state(site.uuid)
-    site.hypervisor.undefine(site.uuid)
-    site.hypervisor.close()
-    site.journal.close()
-
-
 def accepted(site: Site, action: str, **fields: object) -> tuple[JobRequest, Recorder]:
-    request = parse(
-        {"action": action, "instance": {"name": site.name, "uuid": site.uuid}, **fields}
-    )
-    report = JobReport(
-        id=str(uuid.uuid4()),
-        action=request.action,
-        status=Status.QUEUED,
-        request_id="req-1",
-        created_at=0,
-        updated_at=0,
-    )
-    site.journal.accept(request, report, body_digest=digest_of(request))
-    return request, Recorder(site.journal, site.journal.get(report.id))
+    instance = {"name": site.name, "uuid": site.uuid}
+    request, job = site.accept({"action": action, "instance": instance, **fields})
+    return request, Recorder(site.journal, job)
 
 
 def record(site: Site) -> InstanceRecord:

@@ -4,7 +4,7 @@ What needs QEMU is in functional/.
 """
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,8 @@ from agent.disk import DiskType
 from agent.host import Defaults, Host
 from agent.hypervisor import Hypervisor
 from agent.image import Image
-from agent.job import ConfigDriveFormat, GuestFormat, ImagesType, parse
-from agent.journal import Journal, digest_of
+from agent.job import ConfigDriveFormat, GuestFormat, ImagesType, JobRequest, parse
+from agent.journal import Job, Journal, digest_of
 from agent.layout import Formats
 from agent.qemu_img import QemuImg
 from agent.recorder import Recorder
@@ -81,20 +81,9 @@ class Site:
             "<memory unit='MiB'>64</memory><os><type>hvm</type></os></domain>"
         )
 
-    def run(
-        self, host: Host | None = None, recorder: type[Recorder] = Recorder, **fields: object
-    ) -> JobReport:
-        """Run one job that asks for `fields` beside the usual; raise as it does."""
-        request = parse(
-            {
-                "instance": {"name": self.name, "uuid": self.uuid},
-                "image": {"id": self.image.id},
-                "flavor": {"vcpus": 1, "ram": 64, "disk": 1},
-                "networks": [],
-                "libvirt": {"domain_xml": TEMPLATE},
-                **fields,
-            }
-        )
+    def accept(self, document: Mapping[str, object]) -> tuple[JobRequest, Job]:
+        """Have the journal accept what a client has sent."""
+        request = parse(document)
         report = JobReport(
             id=str(uuid.uuid4()),
             action=request.action,
@@ -104,7 +93,23 @@ class Site:
             updated_at=0,
         )
         self.journal.accept(request, report, body_digest=digest_of(request))
-        record = recorder(self.journal, self.journal.get(report.id))
+        return request, self.journal.get(report.id)
+
+    def run(
+        self, host: Host | None = None, recorder: type[Recorder] = Recorder, **fields: object
+    ) -> JobReport:
+        """Run one job that asks for `fields` beside the usual; raise as it does."""
+        request, job = self.accept(
+            {
+                "instance": {"name": self.name, "uuid": self.uuid},
+                "image": {"id": self.image.id},
+                "flavor": {"vcpus": 1, "ram": 64, "disk": 1},
+                "networks": [],
+                "libvirt": {"domain_xml": TEMPLATE},
+                **fields,
+            }
+        )
+        record = recorder(self.journal, job)
         Build(host or self.host, request, record, self.cancellation).run()
         return record.report
 

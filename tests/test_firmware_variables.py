@@ -19,10 +19,9 @@ from tests.change_kit import (
     record,
     refusing,
     second_image,
-    site,
     with_uefi,
 )
-from tests.site_kit import Site
+from tests.site_kit import Site, site
 
 __all__ = ["refusing", "site"]
 

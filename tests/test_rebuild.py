@@ -33,10 +33,9 @@ from tests.change_kit import (
     restarted,
     save,
     second_image,
-    site,
     with_uefi,
 )
-from tests.site_kit import TEMPLATE, Site
+from tests.site_kit import TEMPLATE, Site, site
 
 __all__ = ["refusing", "site"]
 

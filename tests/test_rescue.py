@@ -13,8 +13,8 @@ from agent.recorder import Recorder
 from agent.report import Status
 from agent.rescue import rescue, unrescue
 from tests.cache_kit import random_bytes
-from tests.change_kit import accepted, queued, record, restarted, save, second_image, site
-from tests.site_kit import Site
+from tests.change_kit import accepted, queued, record, restarted, save, second_image
+from tests.site_kit import Site, site
 
 __all__ = ["site"]
 

@@ -7,8 +7,8 @@ import pytest
 from agent.cancellation import Cancellation
 from agent.errors import InvalidJob
 from agent.resize import resize
-from tests.change_kit import accepted, record, site
-from tests.site_kit import Site
+from tests.change_kit import accepted, record
+from tests.site_kit import Site, site
 
 __all__ = ["site"]
 
