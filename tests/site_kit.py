@@ -119,6 +119,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
     site = Site(tmp_path)
     yield site
     site.hypervisor.destroy(site.uuid)
+    # The test driver knows no flag to undefine a domain together with it.
+    site.hypervisor.discard_saved_state(site.uuid)
     site.hypervisor.undefine(site.uuid)
     site.hypervisor.close()
     site.journal.close()
