@@ -29,7 +29,7 @@ from agent.cancellation import Cancellation
 from agent.change import is_running
 from agent.devices import assign_devices, assign_macs
 from agent.disk import DiskType, Home
-from agent.domain_xml import DomainSpec
+from agent.domain_spec import Size, own_kernel, spec_of
 from agent.errors import (
     AgentStopping,
     BootwrightError,
@@ -151,7 +151,7 @@ class Build:
         self._recorder.note(disks=tuple(disk.report() for disk in record.disks))
         self._layout(networks).prepare(record.disks, bases, self._cancellation)
         self._host.instances.settle(self._uuid)
-        xml = self._domain_xml(record, root, hardware, networks)
+        xml = self._domain_xml(record, hardware, networks)
         self._spawn(xml)
 
     def _has_run(self) -> bool:
@@ -324,30 +324,15 @@ class Build:
         return ()
 
     def _domain_xml(
-        self, record: InstanceRecord, root: Base, hardware: Hardware, networks: Sequence[Network]
+        self, record: InstanceRecord, hardware: Hardware, networks: Sequence[Network]
     ) -> str:
-        paths = {disk.role: disk.path for disk in record.disks}
-        spec = DomainSpec(
-            uuid=self._uuid,
-            name=self._name,
-            job_id=self._job_id,
-            image_id=root.image.id,
-            image_digest=root.digest,
-            virt_type=self._host.defaults.virt_type,
-            vcpus=self._flavor.vcpus,
-            ram_mib=self._flavor.ram,
-            disks=record.disks,
-            kernel=paths.get(Role.KERNEL),
-            ramdisk=paths.get(Role.RAMDISK),
-            command_line=self._image.os_command_line
-            or root.image.properties.get("os_command_line"),
-            networks=tuple(networks),
-            console_log=self._host.instances.console_of(self._uuid),
+        spec = spec_of(
+            self._host,
+            record,
+            size=Size(vcpus=self._flavor.vcpus, ram_mib=self._flavor.ram),
+            kernel=own_kernel(record),
             hardware=hardware,
-            rbd=self._host.backends.access(record.disks),
-            cache_modes=self._host.defaults.cache_modes,
-            discard=self._host.defaults.discard,
-            iotune=record.iotune,
+            networks=networks,
         )
         template = self._request.libvirt.domain_xml
         return (

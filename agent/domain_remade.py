@@ -12,9 +12,9 @@ from typing import Final
 
 from lxml import etree
 
-from agent import domain_xml
+from agent import domain_facts, domain_xml
 from agent.devices import free_device_name
-from agent.domain_changes import Kernel
+from agent.domain_spec import Kernel, spec_of
 from agent.domain_xml import DomainSpec
 from agent.elements import child
 from agent.hardware import Hardware
@@ -51,26 +51,7 @@ def remade(
         BackendError: how network disks are reached cannot be found out.
     """
     before = etree.fromstring(xml.encode(), etree.XMLParser(remove_blank_text=True))
-    spec = DomainSpec(
-        uuid=record.uuid,
-        name=record.name,
-        job_id=record.job_id,
-        image_id=record.image_id,
-        image_digest=record.image_digest,
-        virt_type=host.defaults.virt_type,
-        vcpus=vcpus(xml),
-        ram_mib=ram_mib(xml),
-        disks=record.disks,
-        kernel=kernel.kernel,
-        ramdisk=kernel.ramdisk,
-        command_line=kernel.command_line,
-        console_log=host.instances.console_of(record.uuid),
-        hardware=hardware,
-        rbd=host.backends.access(record.disks),
-        cache_modes=host.defaults.cache_modes,
-        discard=host.defaults.discard,
-        iotune=record.iotune,
-    )
+    spec = spec_of(host, record, size=domain_facts.size_of(xml), kernel=kernel, hardware=hardware)
     after = etree.fromstring(
         domain_xml.build(spec).encode(), etree.XMLParser(remove_blank_text=True)
     )
@@ -86,16 +67,6 @@ def remade(
             _keep(device, after, spec)
     etree.indent(after, space="  ")
     return etree.tostring(after, encoding="unicode", pretty_print=True)
-
-
-def vcpus(xml: str) -> int:
-    """Return how many processors a domain has."""
-    return int(etree.fromstring(xml.encode()).findtext("vcpu", "1"))
-
-
-def ram_mib(xml: str) -> int:
-    """Return how much memory a domain has, of one as libvirt shows it, in KiB."""
-    return int(etree.fromstring(xml.encode()).findtext("memory", "0")) >> 10
 
 
 def _keep_metadata(before: etree._Element, after: etree._Element) -> None:

@@ -24,15 +24,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from agent import domain_changes
+from agent import domain_changes, domain_facts
 from agent.acquisition import Acquisition
 from agent.base import GIB, Base
 from agent.cancellation import Cancellation
 from agent.change import Change, is_running
 from agent.devices import reassign_devices
 from agent.disk import Disk
-from agent.domain_changes import Kernel
-from agent.domain_remade import ram_mib, remade, vcpus
+from agent.domain_remade import remade
+from agent.domain_spec import NO_KERNEL, Kernel, own_kernel
 from agent.errors import (
     AgentStopping,
     BackendError,
@@ -159,16 +159,15 @@ def _require_possible(change: Change, record: InstanceRecord, image: Image) -> N
     hardware = on_host(image.properties, change.host.hypervisor)
     if change.state(record) is None:
         return
-    xml = change.host.hypervisor.xml(change.uuid)
+    present = domain_facts.size_of(change.host.hypervisor.xml(change.uuid))
     if hardware.topology is not None:
-        hardware.topology.fit(vcpus(xml))
-    ram = ram_mib(xml)
-    if image.min_ram > ram:
+        hardware.topology.fit(present.vcpus)
+    if image.min_ram > present.ram_mib:
         raise InvalidJob(
             f"image {image.id} asks for {image.min_ram} MiB of memory (min_ram), instance "
-            f"{record.name} has {ram} MiB",
+            f"{record.name} has {present.ram_mib} MiB",
             f"resize it first: bootwright instance resize {record.name} "
-            f"--flavor {vcpus(xml)}x{image.min_ram}x0",
+            f"--flavor {present.vcpus}x{image.min_ram}x0",
         )
     if not record.own_domain:
         return
@@ -295,9 +294,8 @@ def _domain(
     if same and _places(old) == _places(new):
         return domain_changes.changed(change.host, new, xml, kernel=kernel)
     names = frozenset(disk.device_name for disk in old.disks if disk.device_name is not None)
-    nothing = Kernel(kernel=None, ramdisk=None, command_line=None)
     return remade(
-        change.host, new, xml, hardware=hardware, kernel=kernel or nothing, replaced=names
+        change.host, new, xml, hardware=hardware, kernel=kernel or NO_KERNEL, replaced=names
     )
 
 
@@ -326,15 +324,10 @@ def _had(
 
 def _kernel(change: Change, record: InstanceRecord, xml: str) -> Kernel | None:
     """Return what the domain boots with now; None if it keeps a kernel of its owner's own."""
-    paths = {disk.role: disk.path for disk in record.disks}
-    present = domain_changes.kernel_of(xml)
-    if Role.KERNEL not in paths and (present is None or present.parent != change.home.directory):
+    own, present = own_kernel(record), domain_facts.kernel_of(xml)
+    if own.kernel is None and (present is None or present.parent != change.home.directory):
         return None
-    return Kernel(
-        kernel=paths.get(Role.KERNEL),
-        ramdisk=paths.get(Role.RAMDISK),
-        command_line=None if record.origin is None else record.origin.command_line,
-    )
+    return own
 
 
 # Its end

@@ -8,14 +8,14 @@ back when the rescue ends or fails.
 import logging
 from dataclasses import replace
 
-from agent import domain_changes
+from agent import domain_changes, domain_facts
 from agent.acquisition import Acquisition
 from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.change import Change, is_running
 from agent.devices import free_device_name, rescue_bus, serial
 from agent.disk import Disk
-from agent.domain_changes import Kernel
+from agent.domain_spec import Kernel
 from agent.errors import AgentStopping, BootwrightError, InvalidJob
 from agent.host import Host
 from agent.image import Image
@@ -196,7 +196,7 @@ def _planned(
     size = -(-root.virtual_size // SECTOR) * SECTOR
     disk = backends[record.images_type].plan(home, Role.RESCUE, "disk.rescue", root, size)
     bus, device = rescue_bus(root.image.properties, str(record.root.bus))
-    taken = domain_changes.devices_of(xml)
+    taken = domain_facts.devices_of(xml)
     disks.append(
         replace(
             disk,
@@ -225,7 +225,7 @@ def _runs_rescue(change: Change, record: InstanceRecord) -> bool:
     if not is_running(hypervisor.state(change.uuid)):
         return False
     disk = next(disk for disk in record.disks if disk.role is Role.RESCUE)
-    return str(disk.path) in domain_changes.sources_of(hypervisor.xml(change.uuid, live=True))
+    return str(disk.path) in domain_facts.sources_of(hypervisor.xml(change.uuid, live=True))
 
 
 def _end(change: Change, cancellation: Cancellation) -> None:

@@ -11,7 +11,7 @@ from agent.base import GIB
 from agent.cancellation import Cancellation
 from agent.change import Change, is_running
 from agent.disk import Disk, DiskType
-from agent.domain_changes import Size
+from agent.domain_spec import Size
 from agent.errors import InvalidJob
 from agent.host import Host
 from agent.instances import InstanceRecord

@@ -7,7 +7,7 @@ libvirt has forgotten that domain; `loss` tells of it.
 import logging
 from dataclasses import replace
 
-from agent import domain_changes
+from agent import domain_facts
 from agent.cancellation import Cancellation
 from agent.change import Change, is_running
 from agent.disk import Disk
@@ -84,7 +84,7 @@ def loss(change: Change) -> str | None:
         plan is None
         or not plan.anew
         or plan.domain_xml is None
-        or not domain_changes.keeps_state(plan.domain_xml)
+        or not domain_facts.keeps_state(plan.domain_xml)
     ):
         return None
     gone = "is gone" if plan.forgotten else "may be gone"
@@ -98,7 +98,7 @@ def runs_on(change: Change, root: Disk) -> bool:
     """Whether what runs right now has that root disk."""
     hypervisor = change.host.hypervisor
     return is_running(hypervisor.state(change.uuid)) and (
-        str(root.path) in domain_changes.sources_of(hypervisor.xml(change.uuid, live=True))
+        str(root.path) in domain_facts.sources_of(hypervisor.xml(change.uuid, live=True))
     )
 
 
@@ -106,5 +106,5 @@ def _is_defined_on(change: Change, root: Disk) -> bool:
     """Whether what would start has that root disk."""
     hypervisor = change.host.hypervisor
     return hypervisor.state(change.uuid) is not None and (
-        str(root.path) in domain_changes.sources_of(hypervisor.xml(change.uuid))
+        str(root.path) in domain_facts.sources_of(hypervisor.xml(change.uuid))
     )

@@ -8,7 +8,7 @@ import pytest
 from lxml import etree
 
 from agent.cancellation import Cancellation
-from agent.domain_changes import sources_of
+from agent.domain_facts import sources_of
 from agent.errors import AgentStopping, HypervisorError, InvalidJob
 from agent.host import Host
 from agent.hypervisor import Hypervisor

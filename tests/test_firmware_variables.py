@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agent.cancellation import Cancellation
-from agent.domain_changes import sources_of
+from agent.domain_facts import sources_of
 from agent.errors import AgentStopping, Cancelled, HypervisorError
 from agent.rebuild import rebuild
 from agent.recorder import Recorder

@@ -7,7 +7,7 @@ import pytest
 from lxml import etree
 
 from agent.cancellation import Cancellation
-from agent.domain_changes import sources_of
+from agent.domain_facts import sources_of
 from agent.errors import ImageUnacceptable, InvalidJob
 from agent.recorder import Recorder
 from agent.report import Status

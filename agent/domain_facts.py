@@ -1,0 +1,48 @@
+"""What a domain that is there says of itself, in the XML that libvirt has of it."""
+
+from pathlib import Path
+
+from lxml import etree
+
+from agent.domain_spec import Size
+
+
+def devices_of(xml: str) -> set[str]:
+    """Return the names of all disks of a domain, such as `vda`."""
+    targets = etree.fromstring(xml.encode()).iterfind("devices/disk/target")
+    return {name for target in targets if (name := target.get("dev")) is not None}
+
+
+def sources_of(xml: str) -> set[str]:
+    """Return where the disks of a domain are: paths, or `pool/image` in a cluster."""
+    return {
+        found
+        for source in etree.fromstring(xml.encode()).iterfind("devices/disk/source")
+        for attribute in ("file", "dev", "name")
+        if (found := source.get(attribute)) is not None
+    }
+
+
+def kernel_of(xml: str) -> Path | None:
+    """Return the kernel that QEMU boots a domain with by itself."""
+    text = etree.fromstring(xml.encode()).findtext("os/kernel")
+    return None if text is None else Path(text)
+
+
+def keeps_state(xml: str) -> bool:
+    """Whether libvirt keeps something of a domain that is off: variables of firmware, a TPM."""
+    domain = etree.fromstring(xml.encode())
+    emulated = domain.find("devices/tpm/backend[@type='emulator']")
+    stateless = domain.find("os/loader[@stateless='yes']")
+    return emulated is not None or (
+        domain.find("os/nvram") is not None
+        or (domain.find("os[@firmware='efi']") is not None and stateless is None)
+    )
+
+
+def size_of(xml: str) -> Size:
+    """Return the processors and the memory of a domain, of one as libvirt shows it, in KiB."""
+    domain = etree.fromstring(xml.encode())
+    return Size(
+        vcpus=int(domain.findtext("vcpu", "1")), ram_mib=int(domain.findtext("memory", "0")) >> 10
+    )
