@@ -1,5 +1,6 @@
 """Running the command line, with and without an agent in memory behind a real socket."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ image: {id: img-1}
 flavor: {vcpus: 1, ram: 512, disk: 1}
 """
 PROGRAM = (sys.executable, "-c", "from agent.cli import main; main()")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+"""For `PROGRAM`, wherever it is run."""
 FLAGS = ("--image", "img-1", "--flavor", "1x512x1", "--name", "web-1")
 
 

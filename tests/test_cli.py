@@ -12,7 +12,7 @@ import pytest
 from agent.listener import Listener
 from agent.views import Check
 from tests.api_server import listener, service, socket_path
-from tests.cli_kit import PROGRAM, Cli, alone, cli
+from tests.cli_kit import ENVIRONMENT, PROGRAM, Cli, alone, cli
 from tests.fake_service import FakeService
 
 __all__ = ["cli", "listener", "service", "socket_path"]
@@ -111,7 +111,7 @@ def test_permission_denied_names_the_group(listener: Listener, socket_path: Path
         user=65534,
         group=65534,
         extra_groups=[],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
@@ -148,6 +148,5 @@ def test_version_does_not_load_what_it_does_not_need() -> None:
         "slow = {'httpx', 'pydantic', 'fastapi', 'oslo_config', 'rich', 'yaml'}\n"
         "sys.exit(bool(slow & set(sys.modules)))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False)
     assert result.returncode == 0

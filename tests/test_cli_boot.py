@@ -14,7 +14,7 @@ import pytest
 from agent.listener import Listener
 from agent.report import ErrorReport
 from tests.api_server import listener, service, socket_path
-from tests.cli_kit import FLAGS, JOB, PROGRAM, Cli, alone, cli, job_file
+from tests.cli_kit import ENVIRONMENT, FLAGS, JOB, PROGRAM, Cli, alone, cli, job_file
 from tests.fake_service import FakeService
 
 __all__ = ["cli", "job_file", "listener", "service", "socket_path"]
@@ -177,7 +177,7 @@ def test_on_a_terminal_one_line_shows_phase_bytes_and_rate(
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [*PROGRAM, "--socket", str(socket_path), "boot", *FLAGS],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TERM": "xterm"},
+        env={**ENVIRONMENT, "TERM": "xterm"},
         stdout=subprocess.PIPE,
         stderr=theirs,
     )

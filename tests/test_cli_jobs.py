@@ -1,7 +1,6 @@
 """What the command line shows and changes of jobs and instances, and its tables."""
 
 import json
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -11,7 +10,7 @@ import yaml
 
 from agent.listener import Listener
 from tests.api_server import listener, service, socket_path
-from tests.cli_kit import FLAGS, PROGRAM, Cli, cli
+from tests.cli_kit import ENVIRONMENT, FLAGS, PROGRAM, Cli, cli
 from tests.fake_service import FakeService
 
 __all__ = ["cli", "listener", "service", "socket_path"]
@@ -90,7 +89,7 @@ def test_events_since_more_than_there_can_be_is_wrong_usage(cli: Cli) -> None:
 def test_events_are_followed(listener: Listener, socket_path: Path, service: FakeService) -> None:
     with subprocess.Popen(
         [*PROGRAM, "--socket", str(socket_path), "job", "events", "-f"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
