@@ -6,9 +6,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pytest
+
+from agent import manifest as manifests
 from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.disk import Disk
@@ -20,7 +23,7 @@ from agent.job import ImagesType
 from agent.prune import Policy
 from agent.pruner import Pruner
 from agent.qemu_img import QemuImg
-from agent.report import Role
+from agent.report import Progress, Role
 from agent.signatures import Signatures
 from agent.space import Space
 from agent.store import Store
@@ -155,14 +158,23 @@ class CacheKit:
             max_connections_per_image=1,
         )
 
-    def acquire(self, image: Image, *, pin: str = "job-1", trusted: Sequence[str] = ()) -> Base:
+    def acquire(
+        self,
+        image: Image,
+        *,
+        pin: str = "job-1",
+        max_virtual_size: int | None = None,
+        trusted: Sequence[str] = (),
+        cancellation: Cancellation | None = None,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> Base:
         return self.cache.acquire(
             image,
             pin=pin,
-            max_virtual_size=None,
+            max_virtual_size=max_virtual_size,
             trusted=trusted,
-            cancellation=Cancellation(),
-            on_progress=lambda _: None,
+            cancellation=cancellation or Cancellation(),
+            on_progress=on_progress,
         )
 
     def fetch(self, image: Image) -> Base:
@@ -195,10 +207,29 @@ class CacheKit:
         return record
 
 
+@pytest.fixture
+def source() -> Source:
+    return Source()
+
+
+@pytest.fixture
+def kit(tmp_path: Path, source: Source) -> CacheKit:
+    return CacheKit(directory=tmp_path / "instances", source=source)
+
+
 def make_old(path: Path, seconds: float) -> None:
     """Let a base look unused for so long."""
     then = time.time() - seconds
     os.utime(path, (then, then))
+
+
+def manifest_time_back(kit: CacheKit, name: str, age: float) -> None:
+    """Let a base, which has just been made, be of long ago."""
+    path = manifests.manifest_path(kit.store.path_of(name))
+    known = manifests.read(path)
+    assert known is not None
+    manifests.write(path, replace(known, created_at=time.time() - age))
+    make_old(kit.store.path_of(name), age)
 
 
 def random_bytes(mib: int) -> bytes:

@@ -21,14 +21,11 @@ from agent.transfer import ImageSource
 from agent.usage import Usage
 from agent.views import Reason
 from tests import service_user
-from tests.cache_kit import MIB, NEVER, CacheKit, Source, random_bytes
+from tests.cache_kit import MIB, NEVER, CacheKit, Source, random_bytes, source
+
+__all__ = ["source"]
 
 UNUSED = dataclasses.replace(NEVER, minimum_age_s=-1)
-
-
-@pytest.fixture
-def source() -> Source:
-    return Source()
 
 
 @pytest.fixture

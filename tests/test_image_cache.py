@@ -25,19 +25,15 @@ from agent.errors import (
     ImageUnacceptable,
     NotFound,
 )
-from agent.image import Image
 from agent.locks import FileLock
 from agent.manifest import base_name, manifest_path
 from agent.report import Progress
 from tests import service_user
-from tests.cache_kit import IMAGE_ID, MIB, CacheKit, Source, random_bytes
+from tests.cache_kit import IMAGE_ID, MIB, CacheKit, Source, kit, random_bytes, source
+
+__all__ = ["kit", "source"]
 
 NAME = "0d5e6b61602d758984b3bf038267614d6016eb2a"
-
-
-@pytest.fixture
-def source() -> Source:
-    return Source()
 
 
 MakeKit = Callable[[], CacheKit]
@@ -47,29 +43,6 @@ MakeKit = Callable[[], CacheKit]
 def make_kit(tmp_path: Path, source: Source) -> MakeKit:
     """Each call is a restart of the agent."""
     return lambda: CacheKit(directory=tmp_path / "instances", source=source)
-
-
-@pytest.fixture
-def kit(make_kit: MakeKit) -> CacheKit:
-    return make_kit()
-
-
-def acquire(
-    kit: CacheKit,
-    image: Image,
-    *,
-    pin: str = "job-1",
-    max_virtual_size: int | None = None,
-    cancellation: Cancellation | None = None,
-    on_progress: Callable[[Progress], None] = lambda _: None,
-) -> Base:
-    return kit.cache.acquire(
-        image,
-        pin=pin,
-        max_virtual_size=max_virtual_size,
-        cancellation=cancellation or Cancellation(),
-        on_progress=on_progress,
-    )
 
 
 def leftovers(kit: CacheKit) -> list[str]:
@@ -92,8 +65,8 @@ def test_a_miss_makes_an_entry_and_a_hit_asks_for_no_byte(kit: CacheKit, source:
     data = random_bytes(3)
     image = source.add(data)
 
-    first = acquire(kit, image)
-    second = acquire(kit, image)
+    first = kit.acquire(image)
+    second = kit.acquire(image)
 
     assert first.path == kit.store.directory / NAME
     assert first.path.read_bytes() == data
@@ -113,7 +86,7 @@ def test_a_qcow2_becomes_a_raw_base(kit: CacheKit, source: Source, tmp_path: Pat
     )
     image = source.add((tmp_path / "qcow2").read_bytes(), disk_format="qcow2")
 
-    base = acquire(kit, image)
+    base = kit.acquire(image)
 
     assert (base.format, base.virtual_size) == ("raw", len(data))
     assert base.path.read_bytes() == data
@@ -135,7 +108,7 @@ def test_a_conversion_that_fails_names_the_image_and_leaves_nothing(
     image = source.add(bytes(data), disk_format="vmdk")
 
     with pytest.raises(ImageUnacceptable, match=f"image {image.id}: converting .* vmdk to raw"):
-        acquire(kit, image)
+        kit.acquire(image)
 
     assert kit.store.entries() == []
     assert leftovers(kit) == []
@@ -144,7 +117,7 @@ def test_a_conversion_that_fails_names_the_image_and_leaves_nothing(
 def test_holes_of_a_raw_image_stay_holes(kit: CacheKit, source: Source) -> None:
     data = random_bytes(1) + bytes(30 * MIB) + random_bytes(1)
 
-    base = acquire(kit, source.add(data))
+    base = kit.acquire(source.add(data))
 
     assert base.path.read_bytes() == data
     assert base.path.stat().st_blocks * 512 < 4 * MIB
@@ -156,7 +129,7 @@ def test_many_callers_of_one_cold_image_make_one_fetch(kit: CacheKit, source: So
     bases: list[Base] = []
     threads = [
         threading.Thread(
-            target=lambda pin=f"job-{number}": bases.append(acquire(kit, image, pin=pin))
+            target=lambda pin=f"job-{number}": bases.append(kit.acquire(image, pin=pin))
         )
         for number in range(10)
     ]
@@ -179,7 +152,7 @@ def test_no_more_images_are_fetched_at_a_time_than_configured(
     images = [source.add(random_bytes(1), image_id=f"image-{number}") for number in range(7)]
     source.gate.clear()
     with ThreadPoolExecutor(len(images)) as pool:
-        fetches = [pool.submit(acquire, kit, image) for image in images]
+        fetches = [pool.submit(kit.acquire, image) for image in images]
         deadline = time.monotonic() + 20
         while len(source.opened) < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -201,13 +174,13 @@ def test_a_waiter_that_is_cancelled_leaves_and_the_others_stay(
 
     def leave() -> None:
         try:
-            acquire(kit, image, pin="leaving", cancellation=leaving)
+            kit.acquire(image, pin="leaving", cancellation=leaving)
         except BootwrightError as e:
             errors.append(e)
 
     staying: list[Base] = []
     first = threading.Thread(target=leave)
-    second = threading.Thread(target=lambda: staying.append(acquire(kit, image, pin="staying")))
+    second = threading.Thread(target=lambda: staying.append(kit.acquire(image, pin="staying")))
     first.start()
     second.start()
     while sum(fetch.waiters for fetch in kit.cache.fetches()) < 2:
@@ -235,11 +208,11 @@ def test_the_last_waiter_out_ends_the_fetch_and_what_came_is_gone_on_with(
 
     source.break_at = 3 * MIB
     with pytest.raises((Cancelled, ImageSourceUnavailable)):
-        acquire(kit, image, cancellation=only, on_progress=leave_halfway)
+        kit.acquire(image, cancellation=only, on_progress=leave_halfway)
     kit.cache.close(10)
     source.break_at = None
 
-    base = acquire(make_kit(), image)
+    base = make_kit().acquire(image)
 
     assert base.resumed == 3 * MIB
     assert base.received == 5 * MIB
@@ -253,13 +226,13 @@ def test_a_damaged_partial_costs_one_fetch_from_the_start(
     source.break_at = 2 * MIB
     kit = make_kit()
     with pytest.raises(ImageSourceUnavailable):
-        acquire(kit, image)
+        kit.acquire(image)
     data = kit.store.directory / ".partial" / NAME / "data"
     with data.open("r+b") as file:
         file.write(b"damage")
     source.break_at = None
 
-    base = acquire(make_kit(), image)
+    base = make_kit().acquire(image)
 
     assert base.path.read_bytes() == source.data[IMAGE_ID]
     assert source.opened[-2:] == [(IMAGE_ID, 2 * MIB), (IMAGE_ID, 0)]
@@ -272,13 +245,13 @@ def test_after_a_boot_of_the_host_only_what_was_synced_counts(
     source.break_at = 2 * MIB
     kit = make_kit()
     with pytest.raises(ImageSourceUnavailable):
-        acquire(kit, image)
+        kit.acquire(image)
     state = kit.store.directory / ".partial" / NAME / "state.json"
     record = json.loads(state.read_text())
     state.write_text(json.dumps({**record, "boot_id": "another", "durable": MIB}))
     source.break_at = None
 
-    base = acquire(make_kit(), image)
+    base = make_kit().acquire(image)
 
     assert base.resumed == MIB
     assert base.path.read_bytes() == source.data[IMAGE_ID]
@@ -288,7 +261,7 @@ def test_wrong_bytes_are_fetched_twice_and_then_refused(kit: CacheKit, source: S
     image = replace(source.add(random_bytes(2)), digest=("sha512", "0" * 128))
 
     with pytest.raises(ImageCorrupt, match="promised"):
-        acquire(kit, image)
+        kit.acquire(image)
 
     assert [offset for _, offset in source.opened] == [0, 0]
     assert leftovers(kit) == []
@@ -300,7 +273,7 @@ def test_an_image_without_any_hash_is_refused(kit: CacheKit, source: Source) -> 
     image = replace(source.add(random_bytes(1)), digest=None)
 
     with pytest.raises(ImageUnacceptable, match="no hash"):
-        acquire(kit, image)
+        kit.acquire(image)
 
     assert source.opened == []
 
@@ -312,7 +285,7 @@ def test_an_image_too_large_for_the_flavor_is_refused_at_its_header(
     image = source.add((tmp_path / "big").read_bytes() + bytes(64 * MIB), disk_format="qcow2")
 
     with pytest.raises(FlavorDiskSmallerThanImage, match=str(4 << 30)):
-        acquire(kit, image, max_virtual_size=1 << 30)
+        kit.acquire(image, max_virtual_size=1 << 30)
 
     assert list((kit.store.directory / ".partial").iterdir()) == []
     assert kit.store.entries() == []
@@ -323,12 +296,12 @@ def test_a_commit_interrupted_before_the_manifest_is_completed_without_a_fetch(
 ) -> None:
     image = source.add(random_bytes(2))
     kit = make_kit()
-    base = acquire(kit, image)
+    base = kit.acquire(image)
     partial = kit.store.directory / ".partial" / NAME
     partial.mkdir()
     manifest_path(base.path).rename(partial / "manifest.json")
 
-    again = acquire(make_kit(), image)
+    again = make_kit().acquire(image)
 
     assert again.path.read_bytes() == source.data[IMAGE_ID]
     assert len(source.opened) == 1
@@ -340,24 +313,24 @@ def test_a_file_without_a_manifest_is_no_entry(kit: CacheKit, source: Source) ->
     image = source.add(random_bytes(2))
     (kit.store.directory / NAME).write_bytes(b"who knows what this is")
 
-    base = acquire(kit, image)
+    base = kit.acquire(image)
 
     assert base.path.read_bytes() == source.data[IMAGE_ID]
 
 
 def test_a_verified_base_serves_while_the_source_is_away(kit: CacheKit, source: Source) -> None:
     image = source.add(random_bytes(1))
-    acquire(kit, image)
+    kit.acquire(image)
     source.available = False
 
-    assert acquire(kit, kit.cache.resolve(IMAGE_ID, Cancellation())).origin == "cache"
+    assert kit.acquire(kit.cache.resolve(IMAGE_ID, Cancellation())).origin == "cache"
     with pytest.raises(ImageSourceUnavailable):
         kit.cache.resolve("another", Cancellation())
 
 
 def test_a_base_in_use_is_not_removed(kit: CacheKit, source: Source) -> None:
     image = source.add(random_bytes(1))
-    base = acquire(kit, image, pin="job-7")
+    base = kit.acquire(image, pin="job-7")
 
     with pytest.raises(BackendError, match="job-7"):
         kit.pruner.remove(IMAGE_ID)
@@ -370,10 +343,10 @@ def test_a_base_in_use_is_not_removed(kit: CacheKit, source: Source) -> None:
 
 
 def test_an_image_that_changed_under_its_id_is_refused(kit: CacheKit, source: Source) -> None:
-    acquire(kit, source.add(random_bytes(1)))
+    kit.acquire(source.add(random_bytes(1)))
 
     with pytest.raises(ImageCorrupt, match="another hash"):
-        acquire(kit, source.add(random_bytes(1)))
+        kit.acquire(source.add(random_bytes(1)))
 
 
 def test_closing_interrupts_a_fetch_and_keeps_what_came(make_kit: MakeKit, source: Source) -> None:
@@ -384,7 +357,7 @@ def test_closing_interrupts_a_fetch_and_keeps_what_came(make_kit: MakeKit, sourc
 
     def wait() -> None:
         try:
-            acquire(kit, image)
+            kit.acquire(image)
         except BootwrightError as e:
             errors.append(e)
 
@@ -401,7 +374,7 @@ def test_closing_interrupts_a_fetch_and_keeps_what_came(make_kit: MakeKit, sourc
 
     assert [type(error) for error in errors] == [AgentStopping]
     with pytest.raises(AgentStopping):
-        acquire(kit, image)
+        kit.acquire(image)
 
 
 def sweep(kit: CacheKit, *, partials_s: float) -> None:
@@ -409,7 +382,7 @@ def sweep(kit: CacheKit, *, partials_s: float) -> None:
 
 
 def test_sweep_removes_what_nobody_went_on_with_and_no_entry(kit: CacheKit, source: Source) -> None:
-    base = acquire(kit, source.add(random_bytes(1)))
+    base = kit.acquire(source.add(random_bytes(1)))
     partial = kit.store.directory / ".partial" / ("1" * 40)
     partial.mkdir()
     (partial / "data").write_bytes(b"x")
@@ -522,12 +495,12 @@ def test_a_base_that_is_there_is_handed_out_though_its_partial_cannot_be_removed
 ) -> None:
     image = source.add(random_bytes(1))
     kit = make_kit()
-    base = acquire(kit, image)
+    base = kit.acquire(image)
     partial = kit.store.directory / ".partial" / NAME
     partial.mkdir()
     manifest_path(base.path).rename(partial / "manifest.json")
     with mounted_over(partial / "busy"):
-        assert acquire(make_kit(), image).path.read_bytes() == source.data[IMAGE_ID]
+        assert make_kit().acquire(image).path.read_bytes() == source.data[IMAGE_ID]
     assert any("next sweep" in record.message for record in caplog.records)
 
 
@@ -536,14 +509,14 @@ def test_a_commit_that_cannot_be_completed_is_no_defect_of_ours(
 ) -> None:
     image = source.add(random_bytes(1))
     kit = make_kit()
-    base = acquire(kit, image)
+    base = kit.acquire(image)
     partial = kit.store.directory / ".partial" / NAME
     partial.mkdir()
     manifest_path(base.path).rename(partial / "manifest.json")
     manifest_path(base.path).mkdir()
 
     with pytest.raises(BackendError, match="cannot be changed"):
-        acquire(make_kit(), image)
+        make_kit().acquire(image)
 
 
 def test_a_flight_that_cannot_take_off_is_gone(kit: CacheKit, source: Source) -> None:
@@ -551,11 +524,11 @@ def test_a_flight_that_cannot_take_off_is_gone(kit: CacheKit, source: Source) ->
     before = threading.stack_size(1 << 46)  # more than a process can have
     try:
         with pytest.raises(BackendError, match="thread"):
-            acquire(kit, image)
+            kit.acquire(image)
     finally:
         threading.stack_size(before)
     assert kit.cache.being_fetched() == []
-    assert acquire(kit, image).path.read_bytes() == source.data[IMAGE_ID]
+    assert kit.acquire(image).path.read_bytes() == source.data[IMAGE_ID]
 
 
 @contextlib.contextmanager

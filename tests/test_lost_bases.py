@@ -1,19 +1,15 @@
 """Bases that somebody has removed from under an instance."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
 from agent.disk import Link
 from agent.image import Image
 from agent.lost_bases import LostBases
-from tests.cache_kit import CacheKit, Source, random_bytes
+from tests.cache_kit import CacheKit, kit, random_bytes, source
 
-
-@pytest.fixture
-def kit(tmp_path: Path) -> CacheKit:
-    return CacheKit(directory=tmp_path / "instances", source=Source())
+__all__ = ["kit", "source"]
 
 
 def instance(kit: CacheKit, image: Image, **changes: object) -> None:

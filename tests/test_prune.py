@@ -27,7 +27,19 @@ from agent.report import Role
 from agent.store import Store
 from agent.usage import Users
 from agent.views import Decision, Reason
-from tests.cache_kit import MIB, NEVER, CacheKit, Source, make_old, random_bytes
+from tests.cache_kit import (
+    MIB,
+    NEVER,
+    CacheKit,
+    Source,
+    kit,
+    make_old,
+    manifest_time_back,
+    random_bytes,
+    source,
+)
+
+__all__ = ["kit", "source"]
 
 NOW = 1_800_000_000.0
 DAY = 86400.0
@@ -328,25 +340,6 @@ def test_gc_does_on_disk_what_its_dry_run_says_and_takes_nothing_in_use(scene: S
 def told(decision: Decision) -> Decision:
     """A decision without the seconds it speaks of."""
     return decision.model_copy(update={"detail": ""}) if not decision.remove else decision
-
-
-def manifest_time_back(kit: CacheKit, name: str, age: float) -> None:
-    """Let a base, which has just been made, be of long ago."""
-    path = manifests.manifest_path(kit.store.path_of(name))
-    known = manifests.read(path)
-    assert known is not None
-    manifests.write(path, dataclasses.replace(known, created_at=time.time() - age))
-    make_old(kit.store.path_of(name), age)
-
-
-@pytest.fixture
-def source() -> Source:
-    return Source()
-
-
-@pytest.fixture
-def kit(tmp_path: Path, source: Source) -> CacheKit:
-    return CacheKit(directory=tmp_path / "instances", source=source)
 
 
 def test_a_base_stays_for_an_instance_without_a_domain_and_why_tells_it(

@@ -23,17 +23,9 @@ from agent.store import Entry, Store
 from agent.usage import Usage
 from agent.verification import Verifier
 from agent.views import Soundness, Verification
-from tests.cache_kit import MIB, CacheKit, Source, random_bytes
+from tests.cache_kit import MIB, CacheKit, Source, kit, random_bytes, source
 
-
-@pytest.fixture
-def source() -> Source:
-    return Source()
-
-
-@pytest.fixture
-def kit(tmp_path: Path, source: Source) -> CacheKit:
-    return CacheKit(directory=tmp_path / "instances", source=source)
+__all__ = ["kit", "source"]
 
 
 def verify(kit: CacheKit, image: Image) -> Verification:

@@ -13,17 +13,9 @@ import pytest
 
 from agent.errors import BackendError
 from tests import service_user
-from tests.cache_kit import NEVER, CacheKit, Source, random_bytes
+from tests.cache_kit import NEVER, CacheKit, Source, kit, random_bytes, source
 
-
-@pytest.fixture
-def source() -> Source:
-    return Source()
-
-
-@pytest.fixture
-def kit(tmp_path: Path, source: Source) -> CacheKit:
-    return CacheKit(directory=tmp_path / "instances", source=source)
+__all__ = ["kit", "source"]
 
 
 # Images

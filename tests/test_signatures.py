@@ -18,8 +18,10 @@ from agent.errors import ImageCorrupt, ImageSourceUnavailable, ImageUnacceptable
 from agent.image import Image
 from agent.manifest import base_name
 from agent.proof import Demand
-from tests.cache_kit import IMAGE_ID, MIB, CacheKit, Source, random_bytes
+from tests.cache_kit import IMAGE_ID, MIB, CacheKit, Source, random_bytes, source
 from tests.signing import HASHES, Certificates, Signer, signatures
+
+__all__ = ["source"]
 
 ANY = Demand(trusted=None)
 DATA = random_bytes(2)
@@ -35,11 +37,6 @@ def signers() -> dict[str, Signer]:
 @pytest.fixture(scope="module")
 def signer(signers: dict[str, Signer]) -> Signer:
     return signers["ECC_SECP384R1"]
-
-
-@pytest.fixture
-def source() -> Source:
-    return Source()
 
 
 class Hosts:
