@@ -14,12 +14,13 @@ from lxml import etree
 from agent import domain_xml
 from agent.disk import Disk
 from agent.domain_spec import NO_KERNEL, Kernel, Size, spec_of
+from agent.elements import child
 from agent.hardware import Hardware
 from agent.host import Host
 from agent.instances import InstanceRecord
+from agent.machine_xml import arrange
 
 _KERNEL = ("os/kernel", "os/initrd", "os/cmdline")
-_SIZE = ("memory", "currentMemory", "vcpu", "cpu/topology")
 _BOOT = ("os/boot", "devices/*/boot")
 
 # Of no consequence: a template that has a size keeps it.
@@ -50,7 +51,7 @@ def changed(
     """
     domain = etree.fromstring(xml.encode(), etree.XMLParser(remove_blank_text=True))
     if size is not None:
-        _drop(domain, _SIZE)
+        _resize(domain, size)
     if kernel is not None:
         _drop(domain, _KERNEL)
     if limited is not None:
@@ -76,6 +77,22 @@ def _drop(domain: etree._Element, paths: Collection[str]) -> None:
             parent = element.getparent()
             if parent is not None:
                 parent.remove(element)
+
+
+def _resize(domain: etree._Element, size: Size) -> None:
+    """Give it that size; what does not depend on that stays, such as who placed its processors."""
+    _drop(domain, ("memory", "currentMemory"))
+    processors = child(domain, "vcpu")
+    if processors.text == str(size.vcpus):
+        return
+    _drop(domain, ("cpu/topology", "vcpus"))
+    processors.attrib.pop("current", "")
+    processors.text = str(size.vcpus)
+    if size.topology is not None:
+        arrange(child(domain, "cpu"), size.topology)
+    if size.queues:
+        for interface in domain.findall("devices/interface"):
+            domain_xml.set_queues(interface, size.vcpus)
 
 
 def _drop_limits(domain: etree._Element, limits: Mapping[str, int]) -> None:

@@ -30,6 +30,10 @@ class Kernel:
 class Size:
     vcpus: int
     ram_mib: int
+    topology: tuple[int, int, int] | None = None
+    """Of a domain that changes its size: sockets, cores and threads, if the image has a say."""
+    queues: bool = False
+    """Of such a domain: whether network cards have as many queues as there are processors."""
 
 
 NO_KERNEL: Final = Kernel(kernel=None, ramdisk=None, command_line=None)

@@ -17,7 +17,7 @@ from agent import machine_xml
 from agent.disk import Disk, DiskType, RbdAccess
 from agent.elements import add, child, offer, put
 from agent.errors import InvalidJob
-from agent.hardware import Bus, Firmware, Hardware, NicModel
+from agent.hardware import Bus, Firmware, Hardware
 from agent.job import Network
 from agent.report import Role
 
@@ -370,9 +370,18 @@ def set_model(interface: etree._Element, hardware: Hardware, vcpus: int) -> None
         for present in interface.findall(tag):
             interface.remove(present)
     add(interface, "model", type=hardware.nic_model)
-    if hardware.nic_multiqueue and hardware.nic_model is NicModel.VIRTIO and vcpus > 1:
-        # As many as processors, up to what a tap device has.
-        add(interface, "driver", queues=str(min(vcpus, _MOST_QUEUES)))
+    if hardware.nic_multiqueue:
+        set_queues(interface, vcpus)
+
+
+def set_queues(interface: etree._Element, vcpus: int) -> None:
+    """Give a card that can have several queues as many as processors, up to what a tap has."""
+    if interface.find("model[@type='virtio']") is None:
+        return
+    if vcpus > 1:
+        child(interface, "driver").set("queues", str(min(vcpus, _MOST_QUEUES)))
+    elif (driver := interface.find("driver")) is not None:
+        driver.attrib.pop("queues", "")
 
 
 def _console(devices: etree._Element, spec: DomainSpec) -> None:

@@ -233,7 +233,7 @@ class Hardware:
             hidden_hypervisor=flag(properties, "img_hide_hypervisor_id"),
             windows=properties.get("os_type", "").lower() == "windows",
             huge_pages_kib=_huge_pages(properties),
-            topology=_topology(properties),
+            topology=topology_wanted_by(properties),
         )
 
     @property
@@ -319,7 +319,13 @@ def _huge_pages(properties: Mapping[str, str]) -> int | None:
     return None if kib == 4 else kib
 
 
-def _topology(properties: Mapping[str, str]) -> Topology | None:
+def topology_wanted_by(properties: Mapping[str, str]) -> Topology | None:
+    """Read `hw_cpu_*` of an image; None if none is set.
+
+    Raises:
+        ImageUnacceptable: one of them is no number.
+    """
+
     def read(prefix: str) -> tuple[int | None, int | None, int | None]:
         sockets, cores, threads = (
             count(properties, prefix + name, most=65536) for name in ("sockets", "cores", "threads")

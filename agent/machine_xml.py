@@ -53,8 +53,7 @@ def processor(domain: etree._Element, hardware: Hardware, *, vcpus: int, kvm: bo
     # that the emulator can do, and guests built for x86-64-v2 need that.
     cpu = add(domain, "cpu", mode="host-model" if kvm else "maximum")
     if hardware.topology is not None:
-        sockets, cores, threads = hardware.topology.fit(vcpus)
-        add(cpu, "topology", sockets=str(sockets), cores=str(cores), threads=str(threads))
+        arrange(cpu, hardware.topology.fit(vcpus))
     # Windows takes the hardware clock for local time.
     clock = add(domain, "clock", offset="localtime" if hardware.windows else "utc")
     add(clock, "timer", name="pit", tickpolicy="delay")
@@ -62,6 +61,12 @@ def processor(domain: etree._Element, hardware: Hardware, *, vcpus: int, kvm: bo
     add(clock, "timer", name="hpet", present="yes" if hardware.hpet else "no")
     if hardware.windows and kvm:
         add(clock, "timer", name="hypervclock", present="yes")
+
+
+def arrange(cpu: etree._Element, topology: tuple[int, int, int]) -> None:
+    """Write sockets, cores and threads."""
+    sockets, cores, threads = map(str, topology)
+    add(cpu, "topology", sockets=sockets, cores=cores, threads=threads)
 
 
 def extras(devices: etree._Element, hardware: Hardware) -> None:

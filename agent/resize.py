@@ -13,9 +13,11 @@ from agent.change import Change, is_running
 from agent.disk import Disk, DiskType
 from agent.domain_spec import Size
 from agent.errors import InvalidJob
+from agent.hardware import topology_wanted_by
 from agent.host import Host
 from agent.instances import InstanceRecord
 from agent.job import Flavor, JobRequest
+from agent.properties import flag
 from agent.recorder import Recorder
 from agent.report import Status, TaskState
 
@@ -25,6 +27,7 @@ def resize(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
 
     Raises:
         InvalidJob: the flavor is smaller, or the instance is being changed otherwise.
+        ImageUnacceptable: the image cannot bear as many processors.
         BackendError, HypervisorError: the disk is as it was.
         BootwrightError: the reason of the cancellation.
     """
@@ -36,6 +39,8 @@ def resize(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
         record = held
         change.require_settled(record)
         state = change.state(record)
+        # What it cannot be is told before the disk has grown for it.
+        size = _size(record, request.flavor)
         disk = _grown(change, record, request.flavor, running=is_running(state))
         if disk != record.root:
             others = (disk if each.role is disk.role else each for each in record.disks)
@@ -44,7 +49,6 @@ def resize(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
         if request.flavor.extra_specs is not None:
             record = replace(record, iotune=request.flavor.iotune)
         if state is not None:
-            size = Size(vcpus=request.flavor.vcpus, ram_mib=request.flavor.ram)
             xml = host.hypervisor.xml(change.uuid)
             xml = domain_changes.changed(host, record, xml, size=size, limited=limited)
             host.hypervisor.define(xml)
@@ -54,6 +58,19 @@ def resize(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
             change.save(record)
     later = "; processors and memory change at its next start" if is_running(state) else ""
     recorder.finish(Status.DONE, f"the root disk has {disk.virtual_size} bytes{later}")
+
+
+def _size(record: InstanceRecord, flavor: Flavor) -> Size:
+    """Raises: ImageUnacceptable: the image cannot bear as many processors."""
+    size = Size(vcpus=flavor.vcpus, ram_mib=flavor.ram)
+    if record.own_domain:
+        return size
+    topology = topology_wanted_by(record.image_properties)
+    return replace(
+        size,
+        topology=None if topology is None else topology.fit(flavor.vcpus),
+        queues=flag(record.image_properties, "hw_vif_multiqueue_enabled"),
+    )
 
 
 def _grown(change: Change, record: InstanceRecord, flavor: Flavor, *, running: bool) -> Disk:
