@@ -35,6 +35,9 @@ from tests.signing import Certificates, signatures
 
 MIB = 1 << 20
 IMAGE_ID = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
+NAME = "0d5e6b61602d758984b3bf038267614d6016eb2a"
+"""Of the base of the image with that id."""
+DAY = 86400.0
 
 NEVER = Policy(
     remove_unused=True,
@@ -217,6 +220,15 @@ def kit(tmp_path: Path, source: Source) -> CacheKit:
     return CacheKit(directory=tmp_path / "instances", source=source)
 
 
+MakeKit = Callable[[], CacheKit]
+
+
+@pytest.fixture
+def make_kit(tmp_path: Path, source: Source) -> MakeKit:
+    """Each call is a restart of the agent."""
+    return lambda: CacheKit(directory=tmp_path / "instances", source=source)
+
+
 def make_old(path: Path, seconds: float) -> None:
     """Let a base look unused for so long."""
     then = time.time() - seconds
@@ -230,6 +242,18 @@ def manifest_time_back(kit: CacheKit, name: str, age: float) -> None:
     assert known is not None
     manifests.write(path, replace(known, created_at=time.time() - age))
     make_old(kit.store.path_of(name), age)
+
+
+def leftovers(kit: CacheKit) -> list[str]:
+    """Everything below the cache that is no entry and not kept by design."""
+    kept = (".locks", ".hosts")
+    return sorted(
+        str(path.relative_to(kit.store.directory))
+        for path in kit.store.directory.rglob("*")
+        if path.is_file()
+        and path.parent.name not in kept
+        and len(path.name.removesuffix(".json")) != 40
+    )
 
 
 def random_bytes(mib: int) -> bytes:
