@@ -58,7 +58,6 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completed:
-    status: int
     stdout: bytes
     stderr: str
 
@@ -118,7 +117,6 @@ def run(
     timeout_s: float,
     cancellation: Cancellation | None = None,
     limits: Limits = NO_LIMITS,
-    accept: Collection[int] = (0,),
     cwd: Path | None = None,
     pass_fds: Collection[int] = (),
     confinement: Confinement | None = None,
@@ -130,7 +128,6 @@ def run(
         argv: the program's name or absolute path, then its arguments. A file
             name that came from outside must be absolute or follow a `--`.
         timeout_s: wall-clock seconds, cut short by the cancellation's deadline.
-        accept: the exit statuses that are no failure.
         confinement: what it may reach; None for all that we may.
         environment: over the few names it gets in any case.
 
@@ -164,7 +161,7 @@ def run(
     except OSError as e:
         raise ProgramFailed(words, Cause.START, stderr=str(e)) from e
     with process:
-        return _Run(process, words, timeout_s, cancellation).finish(accept)
+        return _Run(process, words, timeout_s, cancellation).finish()
 
 
 def debian_package(program: str) -> str | None:
@@ -194,7 +191,7 @@ class _Run:
         # as the old owner has been waited for.
         self._reaping = threading.Lock()
 
-    def finish(self, accept: Collection[int]) -> Completed:
+    def finish(self) -> Completed:
         forget = (
             self._cancellation.on_cancel(self._kill)
             if self._cancellation is not None
@@ -211,9 +208,9 @@ class _Run:
         if self._cancellation is not None:
             self._cancellation.check()
         stderr = bytes(self._stderr).decode(errors="replace").strip()
-        if self._stopped is not None or status not in accept:
+        if self._stopped is not None or status != 0:
             raise ProgramFailed(self._argv, self._stopped or _cause(status), status, stderr)
-        return Completed(status=status, stdout=bytes(self._stdout), stderr=stderr)
+        return Completed(stdout=bytes(self._stdout), stderr=stderr)
 
     def _kill(self) -> None:
         with self._reaping:

@@ -1,4 +1,4 @@
-"""qemu-img: what converts, describes and checks disk images for the agent.
+"""qemu-img: what converts, copies and grows disk images for the agent.
 
 The format of every file is given, never guessed, every run has limits, and it
 reaches nothing but the files it is about: what it opens may be hostile, even
@@ -6,12 +6,10 @@ if inspection has found nothing. Whether a file may be opened at all is the
 business of `inspection`.
 """
 
-import json
 import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from agent import files, process
 from agent.cancellation import Cancellation
@@ -19,7 +17,6 @@ from agent.confinement import Confinement
 from agent.errors import BackendError, BootwrightError, ImageUnacceptable
 from agent.process import Cause, ProgramFailed
 
-_LOOK_S = 30.0  # wall clock for reading some metadata; measured: 7 ms
 _GROW_S = 300.0  # only an empty table grows, so this is for a disk that hangs
 _FULL = ("no space left on device", "disk quota exceeded")
 # glib and QEMU abort when memory runs out, each with words of its own.
@@ -181,40 +178,6 @@ class QemuImg:
             )  # fmt: skip
         except ProgramFailed as e:
             raise BackendError(f"{what}: {e}") from e
-
-    def info(self, path: Path, format_: str) -> dict[str, Any]:
-        """Return what `qemu-img info` says of one file, without its backing chain.
-
-        Raises:
-            ImageUnacceptable: QEMU cannot read it, or it needs too much.
-            BackendError: qemu-img is missing, cannot be started, or took too long.
-        """
-        return self._look(path, format_, ["info", "--force-share"], accept=(0,))
-
-    def check(self, path: Path, format_: str) -> dict[str, Any]:
-        """Return what `qemu-img check` says; `corruptions` and `leaks` are absent if none.
-
-        Raises as `info`, also for formats that QEMU has no check for.
-        """
-        # 2 and 3: corruptions, leaked clusters. That is an answer, not a failure.
-        return self._look(path, format_, ["check", "--force-share"], accept=(0, 2, 3))
-
-    def _look(
-        self, path: Path, format_: str, command: list[str], accept: tuple[int, ...]
-    ) -> dict[str, Any]:
-        try:
-            completed = process.run(
-                [self._program, *command, "--output=json", "-f", format_, path.absolute()],
-                timeout_s=_LOOK_S,
-                limits=self._limits,
-                accept=accept,
-                confinement=Confinement(readable=(path,)),
-            )
-        except ProgramFailed as e:
-            what = f"running qemu-img {command[0]} on {path.name} as {format_}"
-            raise self._translated(e, what, self._limits, path, 0) from e
-        answer: dict[str, Any] = json.loads(completed.stdout)
-        return answer
 
     def _translated(
         self, error: ProgramFailed, what: str, limits: process.Limits, path: Path, needed: int

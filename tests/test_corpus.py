@@ -189,7 +189,7 @@ def test_every_number_has_its_verdict_and_a_test() -> None:
 def test_the_watch_sees_what_is_started(tmp_path: Path) -> None:
     EXECUTIONS.clear()
     with pytest.raises(ImageUnacceptable):
-        QemuImg().info(Path("/dev/null"), "qcow2")
+        QemuImg().convert(Path("/dev/null"), "qcow2", tmp_path / "raw", Cancellation())
     [argv] = EXECUTIONS.of_qemu()
     assert any(word.endswith("qemu-img") for word in argv)
 
