@@ -259,7 +259,6 @@ class Configuration:
             region_name=glance.region_name,
             num_retries=glance.num_retries,
             max_connections_per_image=glance.max_connections_per_image,
-            timeout_s=glance.timeout,
             stall_timeout_s=glance.stall_timeout,
             bandwidth_limit=(glance.bandwidth_limit << 20) or None,
         )

@@ -15,7 +15,7 @@ go together when it is about bytes.
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 from agent.usage import Users
@@ -159,15 +159,3 @@ def _removals(
             bytes=0 if names[base.inode] else base.allocated,
         )
     return removals
-
-
-def after(state: CacheState, decisions: Iterable[Decision]) -> CacheState:
-    """Return the state once the removals among `decisions` have been carried out."""
-    gone = {decision.base_name: decision.bytes for decision in decisions if decision.remove}
-    freed = sum(gone.values())
-    return replace(
-        state,
-        bases=tuple(base for base in state.bases if base.name not in gone),
-        allocated=state.allocated - freed,
-        used=state.used - freed,
-    )

@@ -99,8 +99,6 @@ class GlanceSettings:
     """Of the service catalog, the best first; empty for keystoneauth's choice."""
     region_name: str | None
     num_retries: int
-    timeout_s: float
-    """For a connection and for an answer."""
     max_connections_per_image: int
     stall_timeout_s: float
     """Without a single byte."""

@@ -71,7 +71,6 @@ class Entry:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartialEntry:
     name: str
-    allocated: int
     changed_at: float
 
 
@@ -341,12 +340,10 @@ def _listed(directory: Path) -> list[Path]:
 def _partial_entry(directory: Path) -> PartialEntry | None:
     """Return what is there of a partial; None if it is none, or has just gone."""
     try:
-        files = [file.stat() for file in directory.iterdir()]
-        changed_at = max([directory.stat().st_mtime, *(file.st_mtime for file in files)])
+        changed_at = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    allocated = sum(file.st_blocks for file in files) * 512
-    return PartialEntry(name=directory.name, allocated=allocated, changed_at=changed_at)
+    return PartialEntry(name=directory.name, changed_at=changed_at)
 
 
 def _age(path: Path) -> float:

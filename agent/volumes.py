@@ -33,8 +33,6 @@ class Volume:
     grew_from: int | None
     """Where it has not been blanked yet since it grew; None if it is whole."""
     thin: bool
-    origin: str
-    """Of a snapshot, what it was made from; or empty."""
     in_use: bool
 
 
@@ -62,8 +60,8 @@ def survey() -> Survey:
         free=free,
         zeroing=bool(zeroing),
         volumes={
-            name: Volume(size=size, grew_from=grew_from, thin=thin, origin=origin, in_use=used)
-            for name, size, grew_from, thin, origin, used in rows
+            name: Volume(size=size, grew_from=grew_from, thin=thin, in_use=used)
+            for name, size, grew_from, thin, used in rows
         },
         others=frozenset(others),
     )

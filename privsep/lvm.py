@@ -64,12 +64,11 @@ _CRYPTSETUP_GONE: Final = 4
 _GREW: Final = f"{TAG}.grew_from."
 
 _FIELDS: Final = (
-    "vg_extent_size,vg_free,lv_name,lv_size,lv_tags,lv_attr,pool_lv,origin,"
-    "data_percent,metadata_percent"
+    "vg_extent_size,vg_free,lv_name,lv_size,lv_tags,lv_attr,pool_lv,data_percent,metadata_percent"
 )
 
-Row = tuple[str, int, int | None, bool, str, bool]
-"""Name, size, from which byte on a growth has to be finished, thin, origin, in use."""
+Row = tuple[str, int, int | None, bool, bool]
+"""Name, size, from which byte on a growth has to be finished, thin, in use."""
 
 
 class _Known:
@@ -146,7 +145,7 @@ def create(name: str, size: int) -> None:
     else:
         words += ["--setactivationskip=n", f"--virtualsize={size}b"]
         lvm("lvcreate", *words, "--thinpool", pool, _group())
-    _known.put((name + NEW, size, None, pool is not None, "", False))
+    _known.put((name + NEW, size, None, pool is not None, False))
 
 
 @volumes.entrypoint
@@ -155,13 +154,13 @@ def snapshot(name: str, base: str, size: int) -> None:
     _check_name(name, _DISK)
     _check_name(base, _BASE)
     _check_size(size)
-    origin = _known.get(base)
+    _, base_size, *_ = _known.get(base)
     lvm(
         *("lvcreate", "--yes", "--snapshot", "--setactivationskip=n", "--permission=rw"),
         *("--addtag", TAG, "--name", name + NEW, f"{_group()}/{base}"),
     )
-    _known.put((name + NEW, size, None, True, base, False))
-    if size > origin[1]:
+    _known.put((name + NEW, size, None, True, False))
+    if size > base_size:
         lvm("lvextend", f"--size={size}b", _full(name + NEW))
 
 
@@ -223,7 +222,7 @@ def grow(name: str, size: int, encrypted: bool) -> None:
     """Make a volume larger. What it has gained has to be `blank`ed, then `settle`d."""
     _check_name(name, _DISK)
     _check_size(size)
-    _, before, grew_from, thin, origin, used = _known.get(name)
+    _, before, grew_from, thin, used = _known.get(name)
     if size < before:
         raise ValueError(f"{_full(name)} has {before} bytes and would shrink to {size}")
     if grew_from is None:
@@ -237,17 +236,17 @@ def grow(name: str, size: int, encrypted: bool) -> None:
         lvm("lvextend", f"--size={size}b", _full(name))
     if encrypted:
         run("cryptsetup", "resize", _mapping_name(name))
-    _known.put((name, size, grew_from, thin, origin, used))
+    _known.put((name, size, grew_from, thin, used))
 
 
 @volumes.entrypoint
 def settle(name: str) -> None:
     """Note that what a volume has gained has been blanked."""
     _check_name(name, _DISK)
-    _, size, grew_from, thin, origin, used = _known.get(name)
+    _, size, grew_from, thin, used = _known.get(name)
     if grew_from is not None:
         lvm("lvchange", "--deltag", f"{_GREW}{grew_from}", _full(name))
-        _known.put((name, size, None, thin, origin, used))
+        _known.put((name, size, None, thin, used))
 
 
 @volumes.entrypoint
@@ -258,7 +257,7 @@ def retire(name: str) -> None:
         PermissionError: among others, if it is in use.
     """
     _check_name(name)
-    if _known.get(name)[5]:
+    if _known.get(name)[4]:
         raise PermissionError(f"the volume {_full(name)} is in use")
     lvm("lvrename", _group(), name, name + OLD)
     _known.rename(name, name + OLD)
@@ -341,7 +340,6 @@ def _row(line: dict[str, Any], tags: list[str]) -> Row:
         int(line["lv_size"]),
         min(grew, default=None),
         bool(line["pool_lv"]),
-        line["origin"],
         line["lv_attr"][5] == "o",
     )
 

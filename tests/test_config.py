@@ -113,7 +113,6 @@ def test_values_reach_the_settings(write: Write) -> None:
     assert found.image_cache.directory == Path("/srv/i/_base")
     assert found.images.glance is not None
     assert found.images.glance.endpoints == ("http://a:1", "https://b/image")
-    assert found.images.glance.timeout_s == 5.0
     assert found.images.glance.session.timeout == 5.0
     assert found.api.metrics_listen == ("::1", 9000)
 
