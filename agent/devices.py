@@ -4,6 +4,7 @@ They follow from the instance's uuid and the order of its disks alone, so that a
 domain that is defined again after a crash has the same ones.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -11,13 +12,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 from agent.disk import Disk
-from agent.hardware import Bus, Hardware
+from agent.errors import ImageUnacceptable
+from agent.hardware import Bus, Hardware, ScsiModel
 from agent.job import ConfigDriveFormat, Network
 from agent.properties import choice, refused
 from agent.report import Role
 
 # Two channels of two drives each, which is all that libvirt gives a machine.
 _IDE_DISKS: Final = 4
+
+# Of eight ids on its bus the controller has one itself.
+_LSI_DISKS: Final = 7
 
 _WRITABLE: Final = (Bus.SATA, Bus.IDE, Bus.USB)
 
@@ -36,14 +41,14 @@ def assign_devices(
     """
     names = {prefix: _names(prefix) for prefix in {bus.prefix for bus in Bus}}
     assigned = []
-    on_ide = 0
+    places: collections.Counter[Bus] = collections.Counter()
     ephemerals = 0
     for disk in disks:
         if not disk.role.is_device:
             assigned.append(disk)
             continue
         bus, device = _place(disk, hardware)
-        on_ide += bus is Bus.IDE
+        places[bus] += 1
         number = ephemerals
         ephemerals += disk.role is Role.EPHEMERAL
         assigned.append(
@@ -58,9 +63,15 @@ def assign_devices(
                 read_only=device == "cdrom" or (disk.read_only and bus not in _WRITABLE),
             )
         )
-    if on_ide > _IDE_DISKS:
-        raise refused("hw_disk_bus", "ide", f"it has {_IDE_DISKS} places for {on_ide} disks")
+    if places[Bus.IDE] > _IDE_DISKS:
+        raise _too_many("hw_disk_bus", "ide", _IDE_DISKS, places[Bus.IDE])
+    if hardware.scsi_model is ScsiModel.LSI and places[Bus.SCSI] > _LSI_DISKS:
+        raise _too_many("hw_scsi_model", "lsilogic", _LSI_DISKS, places[Bus.SCSI])
     return tuple(assigned)
+
+
+def _too_many(key: str, value: str, places: int, disks: int) -> ImageUnacceptable:
+    return refused(key, value, f"it has {places} places for {disks} disks")
 
 
 def reassign_devices(
@@ -102,8 +113,29 @@ def rescue_bus(properties: Mapping[str, str], usual: str) -> tuple[str, str]:
 
 
 def free_device_name(bus: str, taken: Collection[str]) -> str:
-    """Return the first name on a bus that is not among `taken`."""
-    return next(name for name in _names(Bus(bus).prefix) if name not in taken)
+    """Return the first name on a bus that is not among `taken`.
+
+    Raises:
+        ImageUnacceptable: the bus is full.
+    """
+    names = _names(Bus(bus).prefix)
+    if bus == Bus.IDE:
+        names = itertools.islice(names, _IDE_DISKS)
+    name = next((name for name in names if name not in taken), None)
+    if name is None:
+        raise _too_many("hw_disk_bus", "ide", _IDE_DISKS, len(taken) + 1)
+    return name
+
+
+def free_scsi_unit(model: str | None, taken: Collection[int]) -> int | None:
+    """Return the first place on a SCSI controller that is not among `taken`; None if it is full.
+
+    `model`: libvirt's, of the controller.
+    """
+    units: Iterator[int] = itertools.count()
+    if model == ScsiModel.LSI:
+        units = iter(range(_LSI_DISKS))
+    return next((unit for unit in units if unit not in taken), None)
 
 
 def serial(role: Role, instance_uuid: str, number: int = 0) -> str:

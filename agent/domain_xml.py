@@ -14,6 +14,7 @@ from typing import Final, assert_never, cast
 from lxml import etree
 
 from agent import machine_xml
+from agent.devices import free_scsi_unit
 from agent.disk import Disk, DiskType, RbdAccess
 from agent.elements import add, child, offer, put
 from agent.errors import InvalidJob
@@ -320,8 +321,30 @@ def _describe(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:
     if disk.bus == Bus.SCSI and element.find("address") is None:
         # All on one controller: from the name alone libvirt would put seven
         # on each and add controllers of its own choice.
-        unit = [other for other in spec.disks if other.bus == Bus.SCSI].index(disk)
-        add(element, "address", type="drive", controller="0", unit=str(unit))
+        add(element, "address", type="drive", controller="0", unit=str(_scsi_unit(element)))
+
+
+def _scsi_unit(element: etree._Element) -> int:
+    """Return a place on the first SCSI controller that no other disk has, whoever attached it."""
+    devices = element.getparent()
+    if devices is None:
+        raise AssertionError("a disk is described where it belongs")
+    taken = {
+        int(address.get("unit", "0"))
+        for disk in devices.findall("disk")
+        if disk.find("target[@bus='scsi']") is not None
+        and (address := disk.find("address")) is not None
+        and address.get("controller", "0") == "0"
+    }
+    controller = devices.find("controller[@type='scsi']")
+    model = None if controller is None else controller.get("model")
+    unit = free_scsi_unit(model, taken)
+    if unit is None:
+        raise InvalidJob(
+            f"the SCSI controller of the domain, {model}, has no place left for one more disk",
+            "detach a disk, or use an image that asks for another bus or controller",
+        )
+    return unit
 
 
 def _source(element: etree._Element, disk: Disk, spec: DomainSpec) -> None:

@@ -106,6 +106,9 @@ def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> 
     host, recorder = change.host, change.recorder
     recorder.phase(TaskState.IMAGE_RESOLVING)
     images, origin = _images(change.request, record, acquisition)
+    if record.rescue is None:
+        # Before a long fetch rather than after it.
+        _place(record, images[Role.ROOT], host.hypervisor.xml(change.uuid))
     bases = acquisition.acquire(images, images_type=record.images_type, max_virtual_size=None)
     root = bases[Role.ROOT]
     recorder.note(image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin))
@@ -195,18 +198,21 @@ def _planned(
     root = bases[Role.ROOT]
     size = -(-root.virtual_size // SECTOR) * SECTOR
     disk = backends[record.images_type].plan(home, Role.RESCUE, "disk.rescue", root, size)
-    bus, device = rescue_bus(root.image.properties, str(record.root.bus))
-    taken = domain_facts.devices_of(xml)
+    bus, device, name = _place(record, root.image, xml)
     disks.append(
-        replace(
-            disk,
-            bus=bus,
-            device=device,
-            device_name=free_device_name(bus, taken),
-            serial=serial(disk.role, home.uuid),
-        )
+        replace(disk, bus=bus, device=device, device_name=name, serial=serial(disk.role, home.uuid))
     )
     return disks
+
+
+def _place(record: InstanceRecord, image: Image, xml: str) -> tuple[str, str, str]:
+    """Return bus, device and name of the rescue disk in the domain.
+
+    Raises:
+        ImageUnacceptable: the image asks for what cannot be provided, or there is no place left.
+    """
+    bus, device = rescue_bus(image.properties, str(record.root.bus))
+    return bus, device, free_device_name(bus, domain_facts.devices_of(xml))
 
 
 def _kernel(by_role: dict[Role, Disk], origin: Origin) -> Kernel:

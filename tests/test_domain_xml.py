@@ -371,6 +371,27 @@ def test_limits_are_on_every_disk_that_has_none_of_its_own() -> None:
     assert [len(disk.findall("iotune/*")) for disk in filled] == [1]
 
 
+def test_scsi_disk_goes_where_no_other_one_is() -> None:
+    theirs = (
+        "<disk><source file='/x'/><target dev='{}' bus='{}'/>"
+        "<address type='drive' controller='{}' unit='{}'/></disk>"
+    )
+    places = [("sdx", "scsi", 0, 1), ("sdy", "sata", 0, 0), ("sdz", "scsi", 1, 2)]
+    disks = "".join(theirs.format(*place) for place in places)
+    spec = domain_spec(OVERLAY, EPHEMERAL, SWAP, properties={"hw_disk_bus": "scsi"})
+    xml = fill_template(f"<domain><devices>{disks}</devices></domain>", spec)
+    units = find(xml, f"//disk[contains(source/@file, '{UUID}')]/address[@controller='0']")
+    assert [unit.get("unit") for unit in units] == ["0", "2", "3"]
+
+
+def test_scsi_controller_of_a_template_without_a_place_is_told() -> None:
+    spec = domain_spec(OVERLAY, *[EPHEMERAL] * 7, properties={"hw_disk_bus": "scsi"})
+    template = "<domain><devices><controller type='scsi' model='{}'/></devices></domain>"
+    fill_template(template.format("virtio-scsi"), spec)
+    with pytest.raises(InvalidJob, match="lsilogic, has no place left"):
+        fill_template(template.format("lsilogic"), spec)
+
+
 def test_template_without_a_machine_gets_the_firmware_that_goes_with_it() -> None:
     spec = domain_spec(properties={"hw_firmware_type": "uefi"})
     filled = fill_template("<domain/>", spec)

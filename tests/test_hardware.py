@@ -142,6 +142,14 @@ def test_fifth_disk_on_ide_is_refused() -> None:
         names(*disks, disk(Role.SWAP), hw_disk_bus="ide")
 
 
+def test_disk_that_would_take_the_scsi_controllers_own_place_is_refused() -> None:
+    wishes = {"hw_disk_bus": "scsi", "hw_scsi_model": "lsilogic"}
+    disks = [disk(Role.ROOT), *[disk(Role.EPHEMERAL)] * 6]
+    assert names(*disks, **wishes)[6] == ("scsi", "sdg", "disk")
+    with pytest.raises(ImageUnacceptable, match="7 places for 8 disks"):
+        names(*disks, disk(Role.SWAP), **wishes)
+
+
 @given(st.integers(min_value=1, max_value=1000))
 def test_names_are_unique_and_go_on_after_the_26th(count: int) -> None:
     found = [name for _, name, _ in names(*[disk(Role.EPHEMERAL)] * count)]

@@ -13,7 +13,7 @@ from agent.recorder import Recorder
 from agent.report import Status
 from agent.rescue import rescue, unrescue
 from tests.cache_kit import random_bytes
-from tests.change_kit import accepted, queued, record, restarted, save, second_image
+from tests.change_kit import accepted, boot_id, queued, record, restarted, save, second_image
 from tests.site_kit import Site, site
 
 __all__ = ["site"]
@@ -95,3 +95,52 @@ def test_unrescue_whose_last_word_a_power_cut_took_back_has_ended_well(site: Sit
     request, recorder = accepted(site, "unrescue")
     with pytest.raises(InvalidJob, match="is not being rescued"):
         unrescue(site.host, request, recorder, Cancellation())
+
+
+def attach(site: Site, device: str) -> None:
+    """As 'virsh attach-disk --config' does it."""
+    xml = site.hypervisor.xml(site.uuid)
+    disk = f"<disk type='block'><source dev='/dev/theirs'/>{device}</disk>"
+    site.hypervisor.define(xml.replace("</devices>", f"{disk}</devices>"))
+
+
+def boot(site: Site, **properties: str) -> None:
+    """Boot an image with those properties."""
+    image = dataclasses.replace(site.image, properties=properties)
+    site.kit.source.images[image.id] = image
+    site.run(libvirt={})
+
+
+def test_rescue_disk_takes_no_place_of_a_disk_that_somebody_has_attached(site: Site) -> None:
+    boot(site, hw_disk_bus="scsi")
+    attach(site, "<target dev='sdb' bus='scsi'/><address type='drive' controller='0' unit='1'/>")
+    request, recorder = accepted(site, "rescue")
+
+    rescue(site.host, request, recorder, Cancellation())
+
+    domain = etree.fromstring(site.hypervisor.xml(site.uuid, live=True).encode())
+    places = {
+        str(disk.xpath("string(target/@dev)")): str(disk.xpath("string(address/@unit)"))
+        for disk in domain.iterfind("devices/disk")
+    }
+    assert places == {"sda": "0", "sdb": "1", "sdc": "2"}
+
+
+def test_rescue_for_which_the_bus_has_no_place_is_refused_before_its_image_is_fetched(
+    site: Site,
+) -> None:
+    boot(site, hw_disk_bus="ide")
+    for name in ("hdb", "hdc", "hdd"):
+        attach(site, f"<target dev='{name}' bus='ide'/>")
+    before = boot_id(site), record(site)
+    request, recorder = accepted(site, "rescue", image={"id": second_image(site)})
+
+    with pytest.raises(ImageUnacceptable, match="4 places for 5 disks"):
+        rescue(site.host, request, recorder, Cancellation())
+
+    assert (boot_id(site), record(site)) == before
+    assert [opened for opened, _ in site.kit.source.opened].count("another") == 0
+    image_id = second_image(site, hw_rescue_bus="usb")
+    request, recorder = accepted(site, "rescue", image={"id": image_id})
+    rescue(site.host, request, recorder, Cancellation())
+    assert record(site).disks[-1].bus == "usb"
