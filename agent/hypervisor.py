@@ -54,14 +54,6 @@ _BAD_XML: Final = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DomainState:
-    uuid: str
-    name: str
-    state: str
-    """libvirt's word: running, paused, shut off, crashed …"""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class HostOffers:
     secure_boot: bool
     """There is firmware that runs signed code alone."""
@@ -131,22 +123,6 @@ class Hypervisor:
             # libvirt says so if it finds swtpm.
             tpm="emulator" in {value.text for value in tpm},
         )
-
-    def domains(self) -> list[DomainState]:
-        """Every domain, of whomever, defined or running."""
-
-        def look(connection: Connection) -> list[DomainState]:
-            found = []
-            for domain in connection.listAllDomains():
-                with _passing_over_missing():
-                    found.append(
-                        DomainState(
-                            uuid=domain.UUIDString(), name=domain.name(), state=_state(domain)
-                        )
-                    )
-            return found
-
-        return self._look("listing the domains of", look)
 
     def state(self, uuid: str) -> str | None:
         """libvirt's word for the state of a domain; None if there is no such domain."""

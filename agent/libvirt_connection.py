@@ -72,7 +72,6 @@ class Connection(Protocol):
     ) -> str: ...
     def lookupByUUIDString(self, uuid: str) -> Domain: ...  # noqa: N802
     def lookupByName(self, name: str) -> Domain: ...  # noqa: N802
-    def listAllDomains(self) -> list[Domain]: ...  # noqa: N802
     def defineXML(self, xml: str) -> Domain: ...  # noqa: N802
     def secretLookupByUUIDString(self, uuid: str) -> Secret: ...  # noqa: N802
     def secretDefineXML(self, xml: str) -> Secret: ...  # noqa: N802

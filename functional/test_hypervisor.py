@@ -48,9 +48,9 @@ def libvirtd(root: Path) -> Iterator[PrivateLibvirtd]:
 def hypervisor(libvirtd: PrivateLibvirtd) -> Iterator[Hypervisor]:
     hypervisor = Hypervisor(libvirtd.uri, virt_type="qemu")
     yield hypervisor
-    for domain in hypervisor.domains():
-        hypervisor.destroy(domain.uuid)
-        hypervisor.undefine(domain.uuid)
+    for domain_uuid in libvirtd.domains():
+        hypervisor.destroy(domain_uuid)
+        hypervisor.undefine(domain_uuid)
     hypervisor.close()
 
 
