@@ -10,7 +10,7 @@ from agent.image import Image, require_active
 from agent.job import ImageRef, ImagesType
 from agent.origin import Origin
 from agent.recorder import Recorder
-from agent.report import Progress, Role
+from agent.report import ImageReport, Progress, Role
 
 
 class Acquisition:
@@ -78,7 +78,8 @@ class Acquisition:
     ) -> dict[Role, Base]:
         """Return the bases, pinned until `release`, and count that as their last use.
 
-        The root's may be one that the backend for `images_type` has already.
+        The root's may be one that the backend for `images_type` has already. It is noted
+        in the job's record.
         `max_virtual_size`: bytes, what the root disk will hold; None for any.
 
         Raises:
@@ -95,6 +96,10 @@ class Acquisition:
                 bases[role] = direct or self._acquire(role, image, max_virtual_size)
             else:
                 bases[role] = self._acquire(role, image, None)
+        root = bases[Role.ROOT]
+        self._recorder.note(
+            image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin)
+        )
         return bases
 
     def _acquire(self, role: Role, image: Image, max_virtual_size: int | None) -> Base:

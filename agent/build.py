@@ -59,7 +59,6 @@ from agent.recorder import EndNotRecorded, Recorder
 from agent.removal import remove_disks, remove_instance
 from agent.report import (
     DomainReport,
-    ImageReport,
     InstanceReport,
     Role,
     Status,
@@ -140,10 +139,6 @@ class Build:
         hardware = self._hardware(images[Role.ROOT])
         bases = self._acquisition.acquire(
             images, images_type=self._images_type, max_virtual_size=self._root_limit
-        )
-        root = bases[Role.ROOT]
-        self._recorder.note(
-            image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin)
         )
         self._recorder.phase(TaskState.BLOCK_DEVICE_MAPPING)
         networks = assign_macs(self._networks(), self._uuid)

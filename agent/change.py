@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from agent import domain_xml
+from agent import domain_facts, domain_xml
 from agent.cancellation import Cancellation
-from agent.disk import Home
+from agent.disk import Disk, Home
 from agent.errors import InvalidJob
 from agent.host import Host
 from agent.instances import InstanceRecord
@@ -101,6 +101,13 @@ class Change:
                 f"instance {record.name} is half rebuilt: job {record.rebuild.job_id} failed",
                 f"rebuild it again: bootwright instance rebuild {record.name} --image ID",
             )
+
+    def runs_on(self, disk: Disk) -> bool:
+        """Whether what runs right now has that disk."""
+        hypervisor = self.host.hypervisor
+        return is_running(hypervisor.state(self.uuid)) and (
+            str(disk.path) in domain_facts.sources_of(hypervisor.xml(self.uuid, live=True))
+        )
 
     def note_domain(self) -> str:
         state = self.host.hypervisor.state(self.uuid) or "unknown"

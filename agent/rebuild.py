@@ -50,8 +50,8 @@ from agent.instances import InstanceRecord, Rebuild
 from agent.job import ImagesType, JobRequest, OnFailure
 from agent.origin import Origin
 from agent.recorder import Recorder
-from agent.report import ImageReport, Role, Status, TaskState
-from agent.reversion import REPLACED, loss, reverted, runs_on, undo
+from agent.report import Role, Status, TaskState
+from agent.reversion import REPLACED, loss, reverted, undo
 
 
 def rebuild(
@@ -117,8 +117,6 @@ def _rebuild(change: Change, record: InstanceRecord, acquisition: Acquisition) -
         )
     except FlavorDiskSmallerThanImage as e:
         raise FlavorDiskSmallerThanImage(e.message, _how_to_have(record, "DISK_GIB")) from e
-    root = bases[Role.ROOT]
-    recorder.note(image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin))
     recorder.phase(TaskState.REBUILDING)
     if plan is None:
         plan = _planned(change, record, bases, Origin.of(wanted, images))
@@ -252,7 +250,7 @@ def _rebuilt(record: InstanceRecord, plan: Rebuild) -> InstanceRecord:
 def _switch(change: Change, old: InstanceRecord, new: InstanceRecord, plan: Rebuild) -> None:
     """Have the domain run on the new disks if it ran, or be ready to."""
     hypervisor, before = change.host.hypervisor, plan.domain_xml
-    if before is None or runs_on(change, new.root):
+    if before is None or change.runs_on(new.root):
         return
     hardware = on_host(new.image_properties, hypervisor)
     had = _had(change, old, new.image_properties, hardware)

@@ -24,7 +24,7 @@ from agent.job import ImageRef, ImagesType, JobRequest, OnFailure
 from agent.layout import SECTOR
 from agent.origin import Origin
 from agent.recorder import Recorder
-from agent.report import ImageReport, Role, Status, TaskState
+from agent.report import Role, Status, TaskState
 
 LOG = logging.getLogger(__name__)
 
@@ -110,8 +110,6 @@ def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> 
         # Before a long fetch rather than after it.
         _place(record, images[Role.ROOT], host.hypervisor.xml(change.uuid))
     bases = acquisition.acquire(images, images_type=record.images_type, max_virtual_size=None)
-    root = bases[Role.ROOT]
-    recorder.note(image=ImageReport(id=root.image.id, digest=root.digest, source=root.origin))
     recorder.phase(TaskState.RESCUING)
     if record.rescue is None:
         xml = host.hypervisor.xml(change.uuid)
@@ -227,11 +225,7 @@ def _kernel(by_role: dict[Role, Disk], origin: Origin) -> Kernel:
 
 def _runs_rescue(change: Change, record: InstanceRecord) -> bool:
     """Whether what runs right now has the rescue disk, so that an earlier run has got so far."""
-    hypervisor = change.host.hypervisor
-    if not is_running(hypervisor.state(change.uuid)):
-        return False
-    disk = next(disk for disk in record.disks if disk.role is Role.RESCUE)
-    return str(disk.path) in domain_facts.sources_of(hypervisor.xml(change.uuid, live=True))
+    return change.runs_on(next(disk for disk in record.disks if disk.role is Role.RESCUE))
 
 
 def _end(change: Change, cancellation: Cancellation) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from agent import domain_facts
 from agent.cancellation import Cancellation
-from agent.change import Change, is_running
+from agent.change import Change
 from agent.disk import Disk
 from agent.errors import AgentStopping, BootwrightError
 from agent.instances import InstanceRecord, Rebuild
@@ -60,7 +60,7 @@ def reverted(
     """
     hypervisor = change.host.hypervisor
     if plan.domain_xml is not None:
-        if runs_on(change, plan.root):
+        if change.runs_on(plan.root):
             hypervisor.destroy(change.uuid)
         if plan.forgotten and _is_defined_on(change, plan.root):
             # What the new domain's firmware and TPM may have kept is of no use to the old one.
@@ -91,14 +91,6 @@ def loss(change: Change) -> str | None:
     return (
         f"what the instance's firmware and TPM had kept {gone}, and what is sealed with that TPM "
         "then asks for its recovery key"
-    )
-
-
-def runs_on(change: Change, root: Disk) -> bool:
-    """Whether what runs right now has that root disk."""
-    hypervisor = change.host.hypervisor
-    return is_running(hypervisor.state(change.uuid)) and (
-        str(root.path) in domain_facts.sources_of(hypervisor.xml(change.uuid, live=True))
     )
 
 
