@@ -59,6 +59,8 @@ class NicModel(enum.StrEnum):
     E1000E = "e1000e"
     RTL8139 = "rtl8139"
     VMXNET3 = "vmxnet3"
+    PCNET = "pcnet"
+    NE2K = "ne2k_pci"
 
 
 class ScsiModel(enum.StrEnum):
@@ -207,6 +209,7 @@ class Hardware:
             raise refused("hw_cdrom_bus", "virtio", "there is no CD-ROM drive on that bus")
         machine = _machine(properties, wants_ide=Bus.IDE in (disk_bus, cdrom_bus))
         firmware = choice(properties, "hw_firmware_type", Firmware) or Firmware.BIOS
+        tpm_model, tpm_version = _tpm(properties)
         return cls(
             machine=machine,
             firmware=firmware,
@@ -220,9 +223,8 @@ class Hardware:
             video_model=choice(properties, "hw_video_model", VideoModel),
             video_ram_mib=count(properties, "hw_video_ram", most=1024),
             input_bus=_input_bus(properties),
-            tpm_model=choice(properties, "hw_tpm_model", TpmModel)
-            or (TpmModel.CRB if properties.get("hw_tpm_version") else None),
-            tpm_version=choice(properties, "hw_tpm_version", TpmVersion) or TpmVersion.V2_0,
+            tpm_model=tpm_model,
+            tpm_version=tpm_version,
             watchdog=choice(properties, "hw_watchdog_action", WatchdogAction)
             or WatchdogAction.DISABLED,
             guest_agent=flag(properties, "hw_qemu_guest_agent"),
@@ -293,6 +295,16 @@ def _secure_boot(properties: Mapping[str, str], machine: str, firmware: Firmware
             f"it needs hw_firmware_type uefi and machine q35, not {firmware} and {machine}",
         )
     return wanted if possible else SecureBoot.DISABLED
+
+
+def _tpm(properties: Mapping[str, str]) -> tuple[TpmModel | None, TpmVersion]:
+    model = choice(properties, "hw_tpm_model", TpmModel)
+    version = choice(properties, "hw_tpm_version", TpmVersion)
+    if model is TpmModel.CRB and version is TpmVersion.V1_2:
+        raise refused("hw_tpm_model", model, "a TPM of version 1.2 has none but tpm-tis")
+    if model is None and version is not None:
+        model = TpmModel.TIS
+    return model, version or TpmVersion.V2_0
 
 
 def _input_bus(properties: Mapping[str, str]) -> InputBus | None:

@@ -36,8 +36,10 @@ _ONLY: Final[Mapping[str, tuple[str, ...]]] = {
     "vm_mode": ("hvm",),
     "img_hv_type": ("kvm", "qemu"),
     "hypervisor_type": ("kvm", "qemu"),
-    # Whoever asks for it trusts nobody without it.
+    # Whoever asks for it trusts nobody without it. What encrypts disks here is the host's
+    # configuration, and none of it is the LUKS that an image can ask for.
     "hw_mem_encryption": _NO,
+    "hw_ephemeral_encryption": _NO,
     # What every domain of ours has.
     "hw_rng_model": ("virtio",),
 }

@@ -126,7 +126,7 @@ GOLDEN_UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
     [
         {},
         {"hw_disk_bus": "scsi"},
-        {"hw_disk_bus": "sata"},
+        {"hw_disk_bus": "sata", "hw_tpm_version": "1.2"},
         {"hw_disk_bus": "ide"},
         {"hw_machine_type": "pc"},
         {"hw_cdrom_bus": "usb"},
@@ -189,7 +189,7 @@ def test_firmware_with_secure_boot_runs_no_loader_that_is_not_signed(
     hypervisor.start(spec.uuid)
     running = hypervisor.xml(spec.uuid, live=True)
     assert ("secure='yes'" in running) is (secure_boot == "required")
-    assert ("<tpm model='tpm-crb'>" in running) is (secure_boot == "required")
+    assert ("<tpm model='tpm-tis'>" in running) is (secure_boot == "required")
     deadline = time.monotonic() + 90
     while said not in (console := spec.console_log.read_text(errors="replace")):
         assert time.monotonic() < deadline, console

@@ -65,12 +65,14 @@ def test_properties_are_read_without_regard_to_case() -> None:
         {"hw_serial_port_count": "0"},
         {"hw_cpu_cores": "-1"},
         {"hw_tpm_model": "tpm-spapr"},
+        {"hw_tpm_model": "tpm-crb", "hw_tpm_version": "1.2"},
         {"hw_video_model": "gop"},
         {"hw_watchdog_action": "explode"},
         {"hw_scsi_model": "lsisas1068"},
         {"hw_architecture": "aarch64"},
         {"hw_vm_mode": "xen"},
         {"hw_mem_encryption": "True"},
+        {"hw_ephemeral_encryption": "true"},
         {"hw_rng_model": "egd"},
         {"hw_pointer_model": "joystick"},
         {"hw_input_bus": "ps2"},
@@ -232,6 +234,18 @@ def test_processors_always_multiply_to_the_flavors(
 )
 def test_size_of_pages_is_read_as_nova_reads_it(text: str, kib: int | None) -> None:
     assert Hardware.wanted_by({"hw_mem_page_size": text}).huge_pages_kib == kib
+
+
+def test_tpm_is_the_one_nova_would_give_it() -> None:
+    def tpm(**properties: str) -> tuple[str | None, str]:
+        hardware = Hardware.wanted_by(properties)
+        return hardware.tpm_model, hardware.tpm_version
+
+    assert tpm()[0] is None
+    assert tpm(hw_tpm_version="2.0") == ("tpm-tis", "2.0")
+    assert tpm(hw_tpm_version="1.2") == ("tpm-tis", "1.2")
+    assert tpm(hw_tpm_version="2.0", hw_tpm_model="tpm-crb") == ("tpm-crb", "2.0")
+    assert tpm(hw_tpm_model="tpm-crb") == ("tpm-crb", "2.0")
 
 
 def test_tablet_and_keyboard_are_on_the_bus_the_image_names() -> None:
