@@ -120,6 +120,9 @@ class WatchdogAction(enum.StrEnum):
     DISABLED = "disabled"
 
 
+_MACHINES_OF_ALL: Final = ("q35", "pc")
+"""The names under which every QEMU has its newest ones."""
+
 _MACHINE_TYPE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -241,7 +244,11 @@ class Hardware:
     @property
     def asks_host(self) -> bool:
         """Whether it depends on what the host has; see `on`."""
-        return self.secure_boot is not SecureBoot.DISABLED or self.tpm_model is not None
+        return (
+            self.machine not in _MACHINES_OF_ALL
+            or self.firmware is Firmware.UEFI
+            or self.tpm_model is not None
+        )
 
     @property
     def nonvolatile(self) -> tuple[object, ...] | None:
@@ -254,7 +261,7 @@ class Hardware:
             return None
         return self.machine, uefi, self.secure_boot, self.tpm_model, self.tpm_version
 
-    def on(self, *, secure_boot: bool, tpm: bool) -> Self:
+    def on(self, *, uefi: bool, secure_boot: bool, tpm: bool) -> Self:
         """Return what becomes of it on a host with or without such firmware and an emulated TPM.
 
         Raises:
@@ -262,6 +269,12 @@ class Hardware:
         """
         if self.tpm_model is not None and not tpm:
             raise refused("hw_tpm_model", self.tpm_model, "this host emulates none (install swtpm)")
+        if self.firmware is Firmware.UEFI and not uefi:
+            raise refused(
+                "hw_firmware_type",
+                self.firmware,
+                f"this host has no such firmware for machine {self.machine} (install ovmf)",
+            )
         if self.secure_boot is SecureBoot.REQUIRED and not secure_boot:
             raise refused(
                 "os_secure_boot",

@@ -55,6 +55,10 @@ _BAD_XML: Final = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostOffers:
+    machine: bool = True
+    """QEMU knows that machine type."""
+    uefi: bool
+    """There is UEFI firmware for it."""
     secure_boot: bool
     """There is firmware that runs signed code alone."""
     tpm: bool
@@ -108,17 +112,30 @@ class Hypervisor:
         )
 
     def offers(self, machine: str) -> HostOffers:
-        """What this host has for guests of that machine type, as far as libvirt knows."""
-        xml = self._work(
-            f"asking what there is for machine {machine} at",
-            lambda connection: connection.getDomainCapabilities(
-                None, None, machine, self._virt_type
-            ),
-        )
+        """What this host has for guests of that machine type, as far as libvirt knows.
+
+        All of it where libvirt cannot say: it has the last word when it starts the domain.
+        """
+
+        def ask(connection: Connection) -> str | HostOffers:
+            try:
+                return connection.getDomainCapabilities(None, None, machine, self._virt_type)
+            except libvirt.libvirtError as e:
+                if e.get_error_code() == libvirt.VIR_ERR_INVALID_ARG:
+                    return HostOffers(machine=False, uefi=False, secure_boot=False, tpm=False)
+                if e.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+                    return HostOffers(uefi=True, secure_boot=True, tpm=True)
+                raise
+
+        xml = self._work(f"asking what there is for machine {machine} at", ask)
+        if isinstance(xml, HostOffers):
+            return xml
         found = ET.fromstring(xml)  # noqa: S314 - libvirt's own
+        firmware = found.iterfind("os/enum[@name='firmware']/value")
         secure = found.iterfind("os/loader/enum[@name='secure']/value")
         tpm = found.iterfind("devices/tpm/enum[@name='backendModel']/value")
         return HostOffers(
+            uefi="efi" in {value.text for value in firmware},
             secure_boot="yes" in {value.text for value in secure},
             # libvirt says so if it finds swtpm.
             tpm="emulator" in {value.text for value in tpm},

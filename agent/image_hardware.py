@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from agent.hardware import Hardware
 from agent.hypervisor import Hypervisor
 from agent.image import Image
-from agent.properties import unknown
+from agent.properties import refused, unknown
 
 LOG = logging.getLogger(__name__)
 
@@ -22,7 +22,9 @@ def on_host(properties: Mapping[str, str], hypervisor: Hypervisor) -> Hardware:
     if not hardware.asks_host:
         return hardware
     offers = hypervisor.offers(hardware.machine)
-    return hardware.on(secure_boot=offers.secure_boot, tpm=offers.tpm)
+    if not offers.machine:
+        raise refused("hw_machine_type", hardware.machine, "QEMU on this host has no such machine")
+    return hardware.on(uefi=offers.uefi, secure_boot=offers.secure_boot, tpm=offers.tpm)
 
 
 def warn_of_unknown(image: Image) -> None:

@@ -263,15 +263,20 @@ def test_what_the_host_lacks_is_refused_unless_it_is_optional() -> None:
     assert required.asks_host
     assert optional.asks_host
     assert tpm.asks_host
-    assert not Hardware.wanted_by(uefi).asks_host
-    assert required.on(secure_boot=True, tpm=False) == required
-    assert optional.on(secure_boot=True, tpm=False) == required
-    assert optional.on(secure_boot=False, tpm=False) == Hardware.wanted_by(uefi)
-    assert tpm.on(secure_boot=False, tpm=True) == tpm
+    assert Hardware.wanted_by(uefi).asks_host
+    assert Hardware.wanted_by({"hw_machine_type": "pc-q35-7.2"}).asks_host
+    assert not Hardware.wanted_by({"hw_machine_type": "pc"}).asks_host
+    assert not Hardware.wanted_by({}).asks_host
+    assert required.on(uefi=True, secure_boot=True, tpm=False) == required
+    assert optional.on(uefi=True, secure_boot=True, tpm=False) == required
+    assert optional.on(uefi=True, secure_boot=False, tpm=False) == Hardware.wanted_by(uefi)
+    assert tpm.on(uefi=False, secure_boot=False, tpm=True) == tpm
+    with pytest.raises(ImageUnacceptable, match=r"hw_firmware_type .*install ovmf"):
+        Hardware.wanted_by(uefi).on(uefi=False, secure_boot=False, tpm=True)
     with pytest.raises(ImageUnacceptable, match=r"os_secure_boot .*install ovmf"):
-        required.on(secure_boot=False, tpm=True)
+        required.on(uefi=True, secure_boot=False, tpm=True)
     with pytest.raises(ImageUnacceptable, match=r"hw_tpm_model .*install swtpm"):
-        tpm.on(secure_boot=True, tpm=False)
+        tpm.on(uefi=True, secure_boot=True, tpm=False)
 
 
 def test_disks_that_are_reassigned_get_the_places_they_would_have_had_at_first() -> None:
