@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from agent.confinement import Confinement
 from agent.errors import BackendError, ImageUnacceptable
 from agent.process import ProgramFailed
 from agent.qemu_img import QemuImg
+from tests.qemu_images import needs_qemu_img
 
 MIB = 1 << 20
 NOTHING = Confinement()
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.skipif(
     confinement.landlock_abi() == 0 and not os.environ.get("CI"),
     reason="the kernel has no Landlock",
 )
-needs_qemu = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img")
 
 
 def shell(script: str, confinement: Confinement) -> str:
@@ -152,7 +151,7 @@ def qcow2(path: Path, *arguments: str | Path) -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, *arguments], check=True)
 
 
-@needs_qemu
+@needs_qemu_img
 @pytest.mark.parametrize("reference", ["backing file", "data file"])
 def test_qemu_img_cannot_follow_a_reference(tmp_path: Path, reference: str) -> None:
     """Inspection refuses such an image; this is what happens if it ever should not."""
@@ -172,7 +171,7 @@ def test_qemu_img_cannot_follow_a_reference(tmp_path: Path, reference: str) -> N
     assert base.stat().st_size == MIB
 
 
-@needs_qemu
+@needs_qemu_img
 def test_growing_an_overlay_reaches_its_base_and_nothing_else(tmp_path: Path) -> None:
     base, overlay = tmp_path / "base", tmp_path / "overlay"
     base.write_bytes(bytes(MIB))

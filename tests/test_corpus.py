@@ -22,10 +22,9 @@ from tests.cache_kit import CacheKit
 from tests.corpus import CASES, ELSEWHERE, VERDICTS, By, Case, Sample
 from tests.corpus.case import GIB, MIB, VMDK_TYPES
 from tests.corpus.qcow2_images import expanding
+from tests.qemu_images import needs_qemu_img
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("qemu-img") is None and not os.environ.get("CI"), reason="needs qemu-img"
-)
+pytestmark = needs_qemu_img
 
 
 class Executions:

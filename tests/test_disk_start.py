@@ -2,9 +2,7 @@
 
 import contextlib
 import functools
-import os
 import re
-import shutil
 import struct
 import tempfile
 from collections.abc import Callable
@@ -19,26 +17,10 @@ from agent.cancellation import Cancellation
 from agent.inspection import HEAD
 from tests.corpus import vmdk_images
 from tests.corpus.case import CONTENT, MIB, converted, patched
+from tests.qemu_images import VARIANTS, needs_qemu_img
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("qemu-img") is None and not os.environ.get("CI"), reason="needs qemu-img"
-)
+pytestmark = needs_qemu_img
 
-VARIANTS = (
-    ("qcow2", ""),
-    ("qcow2", "cluster_size=512"),
-    ("qcow2", "cluster_size=2M"),
-    ("qcow2", "extended_l2=on"),
-    ("vmdk", "subformat=monolithicSparse"),
-    ("vmdk", "subformat=monolithicSparse,zeroed_grain=on"),
-    ("vmdk", "subformat=streamOptimized"),
-    ("vdi", ""),
-    ("vdi", "static=on"),
-    ("vpc", ""),
-    ("vpc", "subformat=fixed"),
-    ("vhdx", ""),
-    ("vhdx", "subformat=fixed,block_size=1M"),
-)
 DISKS = {
     "data": CONTENT,
     "a hole first": bytes(64 << 10) + CONTENT[: MIB - 1024],

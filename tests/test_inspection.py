@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
@@ -18,8 +17,7 @@ from agent.errors import ImageUnacceptable
 from agent.inspection import Inspection, Verdict
 from tests.corpus import vmdk_images
 from tests.corpus.case import VMDK_TYPES
-
-needs_qemu = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img")
+from tests.qemu_images import needs_qemu_img
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -71,7 +69,7 @@ def patched(data: bytes, at: int, new: bytes) -> bytes:
 # --- what honest images look like -------------------------------------------------------------
 
 
-@needs_qemu
+@needs_qemu_img
 @pytest.mark.parametrize(
     ("disk_format", "qemu_format", "options"),
     [
@@ -101,7 +99,7 @@ def test_what_qemu_img_makes_is_accepted(
             assert verdict.virtual_size == len(CONTENT)
 
 
-@needs_qemu
+@needs_qemu_img
 @pytest.mark.parametrize(
     ("disk_format", "qemu_format", "options", "within"),
     [
@@ -181,7 +179,7 @@ def test_a_gpt_registration_needs_a_boot_signature() -> None:
 # --- claim and content ------------------------------------------------------------------------
 
 
-@needs_qemu
+@needs_qemu_img
 def test_content_must_be_what_was_claimed(tmp_path: Path) -> None:
     contents = {
         "qcow2": made(tmp_path, "qcow2"),
@@ -251,7 +249,7 @@ def test_nothing_is_not_an_image(disk_format: str) -> None:
     refused(b"", disk_format, "it is empty")
 
 
-@needs_qemu
+@needs_qemu_img
 def test_two_formats_at_once_are_none(tmp_path: Path) -> None:
     data = made(tmp_path, "qcow2", size=GIB)
     both = iso(data[:32768])
@@ -262,7 +260,7 @@ def test_two_formats_at_once_are_none(tmp_path: Path) -> None:
 # --- references to the outside ----------------------------------------------------------------
 
 
-@needs_qemu
+@needs_qemu_img
 @pytest.mark.parametrize("backing", ["/etc/shadow", "../../x", "json:{}", "nbd://h/x"])
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
 def test_a_qcow2_with_a_backing_file_is_refused(tmp_path: Path, backing: str, compat: str) -> None:
@@ -276,7 +274,7 @@ def test_a_qcow2_with_a_backing_file_is_refused(tmp_path: Path, backing: str, co
     refused(patched(data, 16, bytes(4)), "qcow2", "backing file")
 
 
-@needs_qemu
+@needs_qemu_img
 def test_a_qcow2_with_a_data_file_is_refused(tmp_path: Path) -> None:
     subprocess.run(
         ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path}/data",
@@ -296,7 +294,7 @@ def test_a_qcow2_with_a_data_file_is_refused(tmp_path: Path) -> None:
 VMDK = "subformat=monolithicSparse"
 
 
-@needs_qemu
+@needs_qemu_img
 @pytest.mark.parametrize(
     ("old", "new", "rule"),
     [
@@ -334,7 +332,7 @@ def test_a_vmdk_that_needs_more_than_itself_is_refused(
     refused(patched(data, 512, changed.ljust(len(descriptor), b"\0")), "vmdk", rule)
 
 
-@needs_qemu
+@needs_qemu_img
 def test_a_vmdk_descriptor_ends_where_it_does_for_qemu(tmp_path: Path) -> None:
     parent = b'parentFileNameHint="/etc/passwd"\n'
     data = vmdk_images.longer(made(tmp_path, "vmdk", VMDK), parent)
@@ -351,7 +349,7 @@ def test_a_vmdk_descriptor_ends_where_it_does_for_qemu(tmp_path: Path) -> None:
     assert judge(far, "vmdk").format == "vmdk"
 
 
-@needs_qemu
+@needs_qemu_img
 @pytest.mark.parametrize("chunk", [MIB, 4096])
 def test_a_vmdk_of_a_subformat_that_is_allowed_is_accepted(tmp_path: Path, chunk: int) -> None:
     kind = b'createType="twoGbMaxExtentSparse"'
@@ -378,7 +376,7 @@ def test_a_vmdk_of_a_subformat_that_is_allowed_is_accepted(tmp_path: Path, chunk
         judge(split, "vmdk", chunk, vmdk_types=allowed)
 
 
-@needs_qemu
+@needs_qemu_img
 @pytest.mark.parametrize("subformat", VMDK_TYPES)
 def test_no_vmdk_is_accepted_if_none_is_allowed(tmp_path: Path, subformat: str) -> None:
     data = made(tmp_path, "vmdk", f"subformat={subformat}")
@@ -388,7 +386,7 @@ def test_no_vmdk_is_accepted_if_none_is_allowed(tmp_path: Path, subformat: str) 
         assert (", ".join(allowed) or "none are") in caught.value.message
 
 
-@needs_qemu
+@needs_qemu_img
 def test_a_vmdk_footer_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
     data = made(tmp_path, "vmdk", "subformat=streamOptimized")
     # As ovftool writes it: the grain directory's place is told at the end.
@@ -400,7 +398,7 @@ def test_a_vmdk_footer_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
     refused(honest[:-512], "vmdk", "footer")
 
 
-@needs_qemu
+@needs_qemu_img
 def test_differencing_disks_are_refused(tmp_path: Path) -> None:
     vhd = made(tmp_path, "vpc")
     refused(patched(vhd, 60, struct.pack(">I", 4)), "vhd", "differencing")
@@ -419,7 +417,7 @@ def test_differencing_disks_are_refused(tmp_path: Path) -> None:
 # --- sizes ------------------------------------------------------------------------------------
 
 
-@needs_qemu
+@needs_qemu_img
 @pytest.mark.parametrize("size", [0, (1 << 63) - 1, 1 << 62, (64 << 40) + 512, GIB + 1])
 def test_absurd_virtual_sizes_are_refused(tmp_path: Path, size: int) -> None:
     qcow2 = made(tmp_path, "qcow2", size=GIB)
@@ -429,7 +427,7 @@ def test_absurd_virtual_sizes_are_refused(tmp_path: Path, size: int) -> None:
         refused(patched(vdi, 0x170, struct.pack("<Q", size)), "vdi", "virtual size|too few")
 
 
-@needs_qemu
+@needs_qemu_img
 @pytest.mark.parametrize(
     ("disk_format", "qemu_format", "options"),
     [
@@ -470,7 +468,7 @@ def test_no_bytes_make_it_stumble(data: st.DataObject) -> None:
 # --- what a converted disk may hold -----------------------------------------------------------
 
 
-@needs_qemu
+@needs_qemu_img
 def test_an_image_within_an_image_is_refused(tmp_path: Path) -> None:
     for format_, name in (("qcow2", "qcow2"), ("vmdk", "vmdk"), ("vdi", "vdi")):
         head = made(tmp_path, format_, size=GIB)[: inspection.HEAD]

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import random
-import shutil
 import struct
 import subprocess
 import time
@@ -20,8 +19,9 @@ from hypothesis import strategies as st
 
 from agent.qcow2_decoder import HEAD, MAX_EXTENTS, Decoder, Unsupported
 from tests.qcow2_images import COMPRESSED, Image, Plan, build
+from tests.qemu_images import needs_qemu_img
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img")
+pytestmark = needs_qemu_img
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -11,8 +11,9 @@ import pytest
 from agent.cancellation import Cancellation
 from agent.errors import BackendError, Cancelled, ImageUnacceptable, InsufficientFreeSpace
 from agent.qemu_img import QemuImg
+from tests.qemu_images import needs_qemu_img
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img")
+pytestmark = needs_qemu_img
 
 MIB = 1 << 20
 FORMATS = ("qcow2", "vmdk", "vhdx", "vpc", "vdi")
