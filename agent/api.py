@@ -6,11 +6,9 @@ that is no success is `{"error": {code, message, hint, retriable}}`.
 """
 
 import functools
-import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Annotated, Any, Final, ParamSpec, Protocol, TypeVar
 
-import anyio.from_thread
 import anyio.to_thread
 from anyio import CapacityLimiter
 from fastapi import FastAPI, Header, Path, Query, Request, Response
@@ -20,9 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from agent import api_errors
-from agent.api_errors import BodyTooLarge
-from agent.errors import InvalidJob
+from agent import api_bodies, api_errors
 from agent.job import HostName, ImageId, JobRequest, Uuid
 from agent.report import JobReport, Status
 from agent.views import (
@@ -237,7 +233,7 @@ _JOB_BODY: Final = {
 def _add_jobs(app: FastAPI, service: Service, waiters: _Waiters) -> None:
     @app.post("/v1/jobs", status_code=202, openapi_extra=_JOB_BODY)
     async def submit(request: Request) -> JobReport:
-        document = _mapping(await _body(request, LARGEST_JOB))
+        document = await api_bodies.document(request, LARGEST_JOB)
         accept = functools.partial(service.submit, document, request_id=request.state.request_id)
         return await anyio.to_thread.run_sync(accept)
 
@@ -314,11 +310,11 @@ def _add_images(app: FastAPI, service: Service, waiters: _Waiters) -> None:
     ) -> ImageEntry:
         add = functools.partial(
             service.add_image,
-            _chunks(request),
+            api_bodies.chunks(request),
             disk_format=disk_format,
             name=name,
             image_id=id,
-            properties=_properties(property),
+            properties=api_bodies.properties(property),
         )
         return await waiters.run(add)
 
@@ -399,59 +395,3 @@ def _add_probes(app: FastAPI, service: Service, registry: CollectorRegistry) -> 
 async def _ended(request: Request) -> bool:
     """Whether nobody waits for the answer any more, or the listener stops."""
     return request.app.state.stopping.is_set() or await request.is_disconnected()
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise BodyTooLarge(
-                f"the request has more than {limit} bytes", "no job needs as many; shorten it"
-            )
-    return bytes(body)
-
-
-def _mapping(body: bytes) -> dict[str, object]:
-    try:
-        document = json.loads(body, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as e:
-        raise InvalidJob(f"the request is not JSON: {e}", "send the job as one JSON object") from e
-    if not isinstance(document, dict):
-        raise InvalidJob(
-            "the request is JSON, but not an object", "send the job as one JSON object"
-        )
-    return document
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return an object whose keys stand once: the last of two would win silently."""
-    document: dict[str, object] = {}
-    for key, value in pairs:
-        key.encode()  # half a surrogate pair is a ValueError here, and a defect in an answer
-        if key in document:
-            raise ValueError(f"{key!r:.80} stands twice in one object")
-        document[key] = value
-    return document
-
-
-def _chunks(request: Request) -> Iterator[bytes]:
-    """The request's body for a thread that reads it piece by piece."""
-    stream = request.stream()
-
-    async def read() -> bytes | None:
-        return await anext(stream, None)
-
-    while (chunk := anyio.from_thread.run(read)) is not None:
-        if chunk:
-            yield chunk
-
-
-def _properties(pairs: Sequence[str]) -> dict[str, str]:
-    properties = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not key or not separator:
-            raise InvalidJob(f"property {pair!r} is not key=value", "for example os_type=linux")
-        properties[key] = value
-    return properties
