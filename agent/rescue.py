@@ -16,6 +16,7 @@ from agent.change import Change, is_running
 from agent.devices import free_device_name, rescue_bus, serial
 from agent.disk import Disk
 from agent.domain_spec import Kernel
+from agent.domain_xml import usual_command_line
 from agent.errors import AgentStopping, BootwrightError, InvalidJob
 from agent.host import Host
 from agent.image import Image
@@ -132,7 +133,7 @@ def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> 
     change.cancellation.check()
     disk = by_role[Role.RESCUE]
     if not _runs_rescue(change, record):
-        kernel = _kernel(by_role, origin)
+        kernel = _kernel(by_role, origin, host.defaults.virt_type)
         xml = domain_changes.changed(
             host, record, _original(record), kernel=kernel, boots_from=disk
         )
@@ -213,13 +214,13 @@ def _place(record: InstanceRecord, image: Image, xml: str) -> tuple[str, str, st
     return bus, device, free_device_name(bus, domain_facts.devices_of(xml))
 
 
-def _kernel(by_role: dict[Role, Disk], origin: Origin) -> Kernel:
+def _kernel(by_role: dict[Role, Disk], origin: Origin, virt_type: str) -> Kernel:
     kernel, ramdisk = by_role.get(Role.RESCUE_KERNEL), by_role.get(Role.RESCUE_RAMDISK)
-    device = by_role[Role.RESCUE].device_name
+    usual = usual_command_line(by_role[Role.RESCUE], virt_type)
     return Kernel(
         kernel=None if kernel is None else kernel.path,
         ramdisk=None if ramdisk is None else ramdisk.path,
-        command_line=origin.command_line or f"root=/dev/{device} console=ttyS0",
+        command_line=origin.command_line or usual,
     )
 
 

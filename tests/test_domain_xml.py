@@ -302,6 +302,8 @@ def test_usual_command_line_names_the_root_disk_as_the_guest_does() -> None:
     spec = domain_spec(KERNEL, OVERLAY, properties={"hw_disk_bus": "scsi"})
     xml = build(dataclasses.replace(spec, kernel=KERNEL.path))
     assert [line.text for line in find(xml, "//cmdline")] == ["root=/dev/sda console=ttyS0"]
+    emulated = build(dataclasses.replace(spec, kernel=KERNEL.path, virt_type="qemu"))
+    assert find(emulated, "//cmdline[.='root=/dev/sda console=ttyS0 no_timer_check']")
 
 
 @pytest.mark.parametrize("text", ["a\x00b", "a\x1bb", "a\ud800"])
