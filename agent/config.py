@@ -114,7 +114,11 @@ class Configuration:
             raise ConfigError(*problems)
         conf = self._conf
         source = ImageSourceName(conf.images.source)
-        default_type = ImagesType.QCOW2 if conf.use_cow_images else ImagesType.RAW
+        # Names that are Nova's alone.
+        named = {
+            "default": ImagesType.QCOW2 if conf.use_cow_images else ImagesType.RAW,
+            "flat": ImagesType.RAW,
+        }
         cache_modes = dict(mode.split("=", 1) for mode in conf.libvirt.disk_cachemodes)
         return Settings(
             debug=conf.debug,
@@ -129,11 +133,8 @@ class Configuration:
             libvirt=LibvirtSettings(
                 connection_uri=conf.libvirt.connection_uri,
                 virt_type=conf.libvirt.virt_type,
-                images_type=(
-                    default_type
-                    if conf.libvirt.images_type == "default"
-                    else ImagesType(conf.libvirt.images_type)
-                ),
+                images_type=named.get(conf.libvirt.images_type)
+                or ImagesType(conf.libvirt.images_type),
                 cache_modes={DiskType(kind): mode for kind, mode in cache_modes.items()},
                 discard=conf.libvirt.hw_disk_discard,
                 qcow2_cluster_size=conf.libvirt.qcow2_cluster_size << 10,

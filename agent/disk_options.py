@@ -33,6 +33,7 @@ LIBVIRT: Final[list[cfg.Opt]] = [
             ("default", "what use_cow_images says"),
             ("qcow2", "an overlay on the base in the image cache"),
             ("raw", "a copy of the base, as a reflink where the filesystem can"),
+            ("flat", "the same"),
             ("lvm", "a logical volume in images_volume_group"),
             ("ploop", "a copy of the base in a ploop image, with the tools of package ploop"),
             ("rbd", "an image in a Ceph cluster: needs rbd_user"),

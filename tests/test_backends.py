@@ -277,7 +277,8 @@ def test_disk_that_a_crash_left_without_its_space_gets_it_in_the_next_run(
     assert all(disk.path.stat().st_blocks * 512 < 8 * MIB for disk in disks)
 
     site = dataclasses.replace(flat, backend=after)
-    assert (prepared(site, content), generated(site, b"n")) == disks
+    again = prepared(site, content), generated(site, b"n")
+    assert [disk.path for disk in again] == [disk.path for disk in disks]
 
     assert all(disk.path.stat().st_blocks * 512 >= 8 * MIB for disk in disks)
     assert [site.read(disk) for disk in disks] == held
@@ -287,6 +288,18 @@ def test_disk_whose_space_is_not_there_is_not_preallocated(flat: FileSite) -> No
     site = dataclasses.replace(flat, backend=Flat(preallocate=True))
     with pytest.raises(InsufficientFreeSpace, match="preallocating"):
         generated(site, b"y", 1 << 43)
+
+
+def test_preallocated_disk_grows_with_its_space_or_not_at_all(flat: FileSite) -> None:
+    site = dataclasses.replace(flat, backend=Flat(preallocate=True))
+    content = base(site)
+    disk = site.backend.grow(prepared(site, content), 20 * MIB)
+    assert disk.native_io
+    assert disk.path.stat().st_blocks * 512 >= 20 * MIB
+    assert site.read(disk) == content.path.read_bytes() + bytes(17 * MIB)
+    with pytest.raises(InsufficientFreeSpace, match="preallocating"):
+        site.backend.grow(disk, 1 << 43)
+    assert disk.path.stat().st_size == 20 * MIB
 
 
 @pytest.mark.parametrize("earlier", [True, False], ids=["preallocated", "sparse"])

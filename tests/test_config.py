@@ -97,6 +97,11 @@ def test_disks_in_ceph(write: Write) -> None:
     )
 
 
+def test_flat_is_novas_other_name_for_raw(write: Write) -> None:
+    found = settings(write(LOCAL + "[libvirt]\nimages_type = flat\n"))
+    assert found.libvirt.images_type is ImagesType.RAW
+
+
 def test_values_reach_the_settings(write: Write) -> None:
     found = settings(
         write(

@@ -45,6 +45,8 @@ class Flat:
             format="raw",
             virtual_size=virtual_size,
             base_name=None if base is None else base.name,
+            # Where all of it is there the kernel seldom has to wait before it begins to write.
+            native_io=self._preallocate,
         )
 
     def prepare(self, disk: Disk, base: Base, cancellation: Cancellation) -> None:
@@ -83,8 +85,11 @@ class Flat:
             # The file itself has the last word: ftruncate would cut it.
             found = dataclasses.replace(disk, virtual_size=disk.path.lstat().st_size)
             disk_file.check_grows(found, virtual_size)
+            grown = dataclasses.replace(disk, virtual_size=virtual_size)
+            if self._preallocate:
+                disk_file.preallocate(grown)  # while the disk still is as it was if that fails
             _lengthen(disk.path, virtual_size)
-        return dataclasses.replace(disk, virtual_size=virtual_size)
+        return grown
 
     def remove(self, disk: Disk, home: Home, _cancellation: Cancellation, /) -> None:
         disk_file.remove(disk, home)
