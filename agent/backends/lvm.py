@@ -10,20 +10,19 @@ The helper does what needs privilege and knows whose a volume is
 (`privsep.lvm`); here is which volume is made of what, and when it goes.
 """
 
-import collections
 import contextlib
 import dataclasses
 import enum
 import logging
 import os
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from agent import volumes
 from agent.backends import Write, disk_file
+from agent.backends.volume_work import VolumeWork
 from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.disk import Disk, DiskType, Home, RbdAccess
@@ -90,10 +89,7 @@ class Lvm:
         self._clear_size = clear_size
         self._keys = keys
         self._extent: int | None = None
-        self._lock = threading.Condition()
-        self._busy: collections.Counter[str] = collections.Counter()
-        self._tidied: set[str] = set()
-        self._base_locks: dict[str, threading.Lock] = {}
+        self._work = VolumeWork()
 
     def direct(self, _image: Image, _cancellation: Cancellation, /) -> Base | None:
         return None
@@ -122,7 +118,7 @@ class Lvm:
         with (
             self._reporting(f"copying base {base.name} to", disk),
             # Before the survey: what that has seen shall not be evicted afterwards.
-            self._working(f"{_BASE}{base.name}"),
+            self._work.on(f"{_BASE}{base.name}"),
             self._making(disk, cancellation) as found,
         ):
             if found is None:
@@ -148,7 +144,7 @@ class Lvm:
         name = _volume_of(disk)
         with (
             self._reporting("growing", disk),
-            self._working(name),
+            self._work.on(name),
         ):
             volume = volumes.survey().volumes.get(name)
             if volume is None:
@@ -167,7 +163,7 @@ class Lvm:
             _MAPPINGS,
         ):
             raise BackendError(f"{disk.path} is not of instance {home.uuid} and was not removed")
-        with self._reporting("removing", disk), self._working(name):
+        with self._reporting("removing", disk), self._work.on(name):
             if _is_encrypted(disk):
                 lvm.lock(name)
             found = _unused(name, cancellation)
@@ -207,7 +203,7 @@ class Lvm:
                 if self._is_whole(name, found):
                     continue
                 cancellation.check()
-                with self._working_alone(name) as alone:
+                with self._work.alone(name) as alone:
                     if alone:
                         self._tidy(name, volumes.survey(), cancellation)
 
@@ -235,7 +231,7 @@ class Lvm:
         At the end, however it comes, no `+new` is left.
         """
         name = _volume_of(disk)
-        with self._working(name):
+        with self._work.on(name):
             found = volumes.survey()
             if name in found.others:
                 raise BackendError(
@@ -291,7 +287,7 @@ class Lvm:
         name = _volume_of(disk)
         origin = f"{_BASE}{base.name}"
         if origin not in found.volumes:
-            with self._base_lock(origin, cancellation), _opened(base.path) as source:
+            with self._work.making(origin, cancellation), _opened(base.path) as source:
                 found = volumes.survey()
                 if origin not in found.volumes:
                     if self._clear_away(origin, found, cancellation):
@@ -328,7 +324,7 @@ class Lvm:
         """Remove the volumes of bases; the snapshots made of them live on."""
         for name in sorted({_stem(name) for name in found.volumes} - {keep}):
             if name.startswith(_BASE):
-                with self._working_alone(name) as alone:
+                with self._work.alone(name) as alone:
                     if alone:
                         self._retire(name, found)
                         self._clear_away(name, found, Cancellation())
@@ -398,47 +394,6 @@ class Lvm:
             )
         uuid = _volume_of(disk)[:_UUID_LENGTH]
         return self._keys.make(uuid) if make else self._keys.get(uuid)
-
-    # Who works on what
-
-    @contextlib.contextmanager
-    def _working(self, name: str) -> Iterator[None]:
-        """Keep `tidy` and `_evict` away from a volume, whatever state it is in."""
-        with self._lock:
-            self._lock.wait_for(lambda: name not in self._tidied)
-            self._busy[name] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._busy[name] -= 1
-                self._busy += collections.Counter()  # forgets what is at zero
-
-    @contextlib.contextmanager
-    def _working_alone(self, name: str) -> Iterator[bool]:
-        """Whether nobody works on a volume; who wants to waits for the end of the block."""
-        with self._lock:
-            alone = not self._busy[name] and name not in self._tidied
-            if alone:
-                self._tidied.add(name)
-        try:
-            yield alone
-        finally:
-            if alone:
-                with self._lock:
-                    self._tidied.discard(name)
-                    self._lock.notify_all()
-
-    @contextlib.contextmanager
-    def _base_lock(self, origin: str, cancellation: Cancellation) -> Iterator[None]:
-        with self._lock:
-            lock = self._base_locks.setdefault(origin, threading.Lock())
-        while not lock.acquire(timeout=0.2):
-            cancellation.check()
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _rounded(self, virtual_size: int) -> int:
         if self._extent is None:
