@@ -14,7 +14,7 @@ and 404 for images that exist need the Keystone.
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, Self, cast
+from typing import Protocol, cast
 
 import glanceclient
 from keystoneauth1.noauth import NoAuth
@@ -23,7 +23,7 @@ from keystoneauth1.session import Session
 from functional.harness.ceph import GLANCE, Ceph
 from functional.harness.keystone import Keystone
 from functional.harness.openstack_venv import copy_prepared, install
-from functional.harness.wsgi_server import AccessLog, Answered, WsgiServer
+from functional.harness.wsgi_server import Answered, WsgiServer, WsgiService
 
 __all__ = ["Glance", "install"]
 
@@ -43,7 +43,7 @@ class _Images(Protocol):
     def delete(self, image_id: str) -> None: ...
 
 
-class Glance:
+class Glance(WsgiService):
     """A Glance with images of its own; a context manager that starts and stops it.
 
     Args:
@@ -78,7 +78,7 @@ class Glance:
             ceph=ceph,
             ceph_is_second=ceph_is_second,
         )
-        self._server = WsgiServer(
+        server = WsgiServer(
             venv=venv,
             application="glance.wsgi.api:application",
             root=root,
@@ -88,46 +88,18 @@ class Glance:
             },
             health_path="/healthcheck",
         )
+        super().__init__(server)
         self._keystone = keystone
-        self.url = self._server.url
+        self.url = server.url
         self.store = root / "images"
         session = Session(NoAuth()) if keystone is None else keystone.session("admin")
         client = glanceclient.Client("2", session=session, endpoint_override=self.url)
         self._images = cast("_Images", client.images)
 
-    def __enter__(self) -> Self:
-        try:
-            if self._keystone is not None:
-                self._keystone.add_service("image", self.url)
-            self._server.start()
-        except BaseException:
-            self._server.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.close()
-
-    @property
-    def access_log(self) -> AccessLog:
-        """All the requests it has had."""
-        return self._server.access_log
-
-    def stop(self) -> None:
-        """Stop and cut running answers; the port stays reserved and refuses connections."""
-        self._server.stop()
-
-    def restart(self) -> None:
-        """Stop and start on the same port with the same images."""
-        self._server.restart()
-
-    def kill_worker(self) -> None:
-        """SIGKILL the process that answers; wait with `wait_ready` for the next one."""
-        self._server.kill_worker()
-
-    def wait_ready(self) -> None:
-        """Wait until requests are answered again."""
-        self._server.wait_ready()
+    def _begin(self) -> None:
+        if self._keystone is not None:
+            self._keystone.add_service("image", self.url)
+        super()._begin()
 
     def downloads(self, image_id: str) -> int:
         """Count the requests for the image's data, whole or in part, answered or not."""

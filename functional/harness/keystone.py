@@ -16,18 +16,17 @@ shows what expiry does.
 import os
 import subprocess
 from pathlib import Path
-from typing import Self
 
 from keystoneauth1.identity import v3
 from keystoneauth1.session import Session
 
 from functional.harness.openstack_venv import copy_prepared
-from functional.harness.wsgi_server import AccessLog, WsgiServer
+from functional.harness.wsgi_server import WsgiServer, WsgiService
 
 _ROLES = {"glance": ("admin", "service"), "demo": ("member",)}
 
 
-class Keystone:
+class Keystone(WsgiService):
     """A Keystone with users and tokens of its own; a context manager that starts and stops it.
 
     Args:
@@ -39,41 +38,21 @@ class Keystone:
     def __init__(self, venv: Path, root: Path, *, token_ttl: int = 3600) -> None:
         copy_prepared(venv, "keystone", _create, root)
         _write_config(root, token_ttl)
-        self._server = WsgiServer(
+        server = WsgiServer(
             venv=venv,
             application="keystone.wsgi.api:application",
             root=root,
             environment={"OS_KEYSTONE_CONFIG_DIR": str(root)},
             health_path="/v3",
         )
-        self.auth_url = f"{self._server.url}/v3"
+        super().__init__(server)
+        self.auth_url = f"{server.url}/v3"
         self._admin = self.session("admin")
 
-    def __enter__(self) -> Self:
-        try:
-            self._server.start()
-            self.add_service("identity", self.auth_url)
-            self._add_users()
-        except BaseException:
-            self._server.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.close()
-
-    @property
-    def access_log(self) -> AccessLog:
-        """The requests it has had, for example `GET /v3/auth/tokens` for each check of a token."""
-        return self._server.access_log
-
-    def stop(self) -> None:
-        """Stop; the port stays reserved and refuses connections."""
-        self._server.stop()
-
-    def restart(self) -> None:
-        """Stop and start on the same port with the same users and tokens."""
-        self._server.restart()
+    def _begin(self) -> None:
+        super()._begin()
+        self.add_service("identity", self.auth_url)
+        self._add_users()
 
     def session(self, user: str) -> Session:
         """Return a session of `user`, which gets tokens as it needs them."""

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import requests
 
@@ -220,3 +221,45 @@ class WsgiServer:
         """Stop for good and give the port back."""
         self.stop()
         self._reservation.close()
+
+
+class WsgiService:
+    """What talks to the application of one server; a context manager that starts and stops it."""
+
+    def __init__(self, server: WsgiServer) -> None:
+        self._server = server
+
+    def __enter__(self) -> Self:
+        try:
+            self._begin()
+        except BaseException:
+            self._server.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.close()
+
+    def _begin(self) -> None:
+        self._server.start()
+
+    @property
+    def access_log(self) -> AccessLog:
+        """All the requests it has had."""
+        return self._server.access_log
+
+    def stop(self) -> None:
+        """Stop and cut running answers; the port stays reserved and refuses connections."""
+        self._server.stop()
+
+    def restart(self) -> None:
+        """Stop and start on the same port with the same data."""
+        self._server.restart()
+
+    def kill_worker(self) -> None:
+        """SIGKILL the process that answers; wait with `wait_ready` for the next one."""
+        self._server.kill_worker()
+
+    def wait_ready(self) -> None:
+        """Wait until requests are answered again."""
+        self._server.wait_ready()
