@@ -8,7 +8,7 @@ from agent.client import AgentUnavailable, Refused
 from agent.commands.command import Exit, Group, Invocation, invocation
 from agent.commands.duration import Duration
 from agent.commands.output import emit, instant, pairs, rows, size
-from agent.commands.waiting import conclude, wait
+from agent.commands.waiting import conclude, timeout_option, wait
 from agent.report import JobReport
 from agent.views import (
     CacheStatus,
@@ -34,12 +34,7 @@ def image() -> None:
     default=True,
     help="Wait for the end (the default), or print the jobs' ids.",
 )
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0),
-    metavar="S",
-    help="Seconds to wait; for ever if not given.",
-)
+@timeout_option
 @invocation
 def fetch(
     call: Invocation, image_ids: tuple[str, ...], *, waits: bool, timeout: float | None

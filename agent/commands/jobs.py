@@ -11,7 +11,7 @@ from agent.client import AgentUnavailable, Client
 from agent.commands import job_file
 from agent.commands.command import Exit, Failure, Group, Invocation, invocation
 from agent.commands.output import emit, instant, pairs, rows, size
-from agent.commands.waiting import AWAY_S, conclude, wait
+from agent.commands.waiting import AWAY_S, conclude, timeout_option, wait
 from agent.errors import InvalidJob
 from agent.report import JobReport, Status
 from agent.views import Event
@@ -65,12 +65,7 @@ def show(call: Invocation, job_id: str) -> None:
 
 @job.command("wait")
 @click.argument("job_id", metavar="ID")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0),
-    metavar="S",
-    help="Seconds to wait; for ever if not given.",
-)
+@timeout_option
 @invocation
 def wait_(call: Invocation, job_id: str, timeout: float | None) -> None:
     """Wait for the end of a job and show it."""

@@ -9,7 +9,7 @@ from agent.client import Client
 from agent.commands.command import Invocation
 from agent.commands.jobs import print_job
 from agent.commands.output import emit
-from agent.commands.waiting import conclude, wait
+from agent.commands.waiting import conclude, timeout_option, wait
 from agent.report import JobReport
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -23,13 +23,7 @@ def waiting(function: Function) -> Function:
         default=True,
         help="Wait for the end (the default), or print the job's id.",
     )
-    timeout = click.option(
-        "--timeout",
-        type=click.FloatRange(min=0),
-        metavar="S",
-        help="Seconds to wait; for ever if not given.",
-    )
-    return waits(timeout(function))
+    return waits(timeout_option(function))
 
 
 def finish(

@@ -24,6 +24,13 @@ _SLICE_S: Final = 30.0
 AWAY_S: Final = 60.0
 """How long an agent may be away, being restarted, before waiting for it makes no sense."""
 
+timeout_option = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="Seconds to wait; for ever if not given.",
+)
+
 
 def wait(client: Client, job_ids: Sequence[str], timeout_s: float | None) -> list[JobReport]:
     """Wait until all jobs are final and return them.
