@@ -14,7 +14,6 @@ business. Other processes on the same directory are kept out by a file lock per
 base, and by one for the bytes that several images may have in common.
 """
 
-import errno
 import logging
 import threading
 import time
@@ -26,8 +25,8 @@ from agent import manifest as manifests
 from agent import metrics, provenance, twin
 from agent.base import Base
 from agent.cancellation import Cancellation
-from agent.errors import BackendError, BootwrightError, ImageCorrupt
-from agent.files import free_bytes, no_space
+from agent.errors import BackendError, ImageCorrupt
+from agent.files import reporting
 from agent.flight import Flight
 from agent.image import Image
 from agent.ingest import Ingest
@@ -101,28 +100,18 @@ class BaseMaker:
             BootwrightError: what the flight's cancellation was given.
         """
         image, cancellation = flight.image, flight.cancellation
-        try:
-            with (
-                held(self._store.lock_of(base_name(image.id)), cancellation),
-                held(self._store.lock_of(twin.lock_name(image)), cancellation),
-                self._slot(cancellation),
-            ):
-                return (
-                    self._lookup(image, flight.demand)
-                    or self._recognised(flight)
-                    or self._obtained(flight)
-                )
-        except OSError as e:
-            raise self._translated(e, image) from e
-
-    def _translated(self, error: OSError, image: Image) -> BootwrightError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            directory = self._store.directory
-            what = f"fetching image {image.id} into"
-            return no_space(directory, image.size or 0, free_bytes(directory), what)
-        return BackendError(
-            f"fetching image {image.id}: {error}", "check the file system and the kernel's log"
-        )
+        name, what = base_name(image.id), f"fetching image {image.id} into"
+        with (
+            reporting(what, self._store.directory / name, needed=image.size or 0),
+            held(self._store.lock_of(name), cancellation),
+            held(self._store.lock_of(twin.lock_name(image)), cancellation),
+            self._slot(cancellation),
+        ):
+            return (
+                self._lookup(image, flight.demand)
+                or self._recognised(flight)
+                or self._obtained(flight)
+            )
 
     @contextmanager
     def _slot(self, cancellation: Cancellation) -> Iterator[None]:

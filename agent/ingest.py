@@ -14,7 +14,6 @@ with the image itself removes it.
 """
 
 import contextlib
-import errno
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,14 +23,13 @@ from pathlib import Path
 from agent.cancellation import Cancellation
 from agent.errors import (
     AgentStopping,
-    BackendError,
     BootwrightError,
     Cancelled,
     ImageCorrupt,
     ImageSourceUnavailable,
     ImageUnacceptable,
 )
-from agent.files import free_bytes, no_space
+from agent.files import reporting
 from agent.image import Image
 from agent.inspection import HEAD, Inspection
 from agent.intake import Intake, Undecodable, decoded
@@ -186,11 +184,13 @@ class Ingest:
             size=self._image.size,
             vmdk_types=self._vmdk_types,
         )
-        try:
-            with contextlib.ExitStack() as stack:
-                return self._ingested(inspection, self._pass(inspection, stack))
-        except OSError as e:
-            raise self._translate(e) from e
+        what = f"fetching image {self._image.id} into"
+        needed = self._image.size or 0
+        with (
+            reporting(what, self._partial.directory, needed=needed),
+            contextlib.ExitStack() as stack,
+        ):
+            return self._ingested(inspection, self._pass(inspection, stack))
 
     def _ingested(self, inspection: Inspection, intake: Intake) -> Ingested:
         self._advance(TaskState.IMAGE_VERIFYING, intake.offset)
@@ -324,17 +324,6 @@ class Ingest:
                 "the data is damaged, or has no end: upload the image anew",
             )
         self._reserve(virtual_size + _STEP)
-
-    def _translate(self, error: OSError) -> BootwrightError:
-        directory = self._partial.directory
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = free_bytes(directory.parent)
-            what = f"fetching image {self._image.id} into"
-            return no_space(directory, self._image.size or 0, free, what)
-        return BackendError(
-            f"the partial of image {self._image.id} cannot be written: {error}",
-            "check the file system and the kernel's log",
-        )
 
     def _advance(self, phase: TaskState, done: int) -> None:
         self._on_advance(Advance(phase=phase, done=done, total=self._image.size, at=time.time()))
