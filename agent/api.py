@@ -14,7 +14,7 @@ from anyio import CapacityLimiter
 from fastapi import FastAPI, Header, Path, Query, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -164,8 +164,8 @@ class _Waiters:
         return await anyio.to_thread.run_sync(call, limiter=self._limiter)
 
 
-def create_app(service: Service, *, registry: CollectorRegistry = REGISTRY) -> FastAPI:
-    """Return the whole API on top of `service`; /metrics shows `registry`."""
+def create_app(service: Service) -> FastAPI:
+    """Return the whole API on top of `service`."""
     app = _empty_app()
     waiters = _Waiters()
     _add_jobs(app, service, waiters)
@@ -185,14 +185,14 @@ def create_app(service: Service, *, registry: CollectorRegistry = REGISTRY) -> F
     def status() -> AgentStatus:
         return service.status()
 
-    _add_probes(app, service, registry)
+    _add_probes(app, service)
     return app
 
 
-def create_metrics_app(service: Service, *, registry: CollectorRegistry = REGISTRY) -> FastAPI:
+def create_metrics_app(service: Service) -> FastAPI:
     """Return what may be seen without any permission: /metrics, /healthz, /readyz."""
     app = _empty_app(schema_url=None)
-    _add_probes(app, service, registry)
+    _add_probes(app, service)
     return app
 
 
@@ -375,7 +375,7 @@ def _add_instances(app: FastAPI, service: Service) -> None:
         return Response(piece.data, media_type="text/plain", headers=headers)
 
 
-def _add_probes(app: FastAPI, service: Service, registry: CollectorRegistry) -> None:
+def _add_probes(app: FastAPI, service: Service) -> None:
     @app.get("/healthz")
     def healthz() -> JSONResponse:
         live = service.live()
@@ -389,7 +389,7 @@ def _add_probes(app: FastAPI, service: Service, registry: CollectorRegistry) -> 
 
     @app.get("/metrics", response_class=Response)
     def metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _ended(request: Request) -> bool:

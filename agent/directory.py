@@ -164,10 +164,8 @@ class DirectorySource:
         name: str,
         properties: Mapping[str, str] | None = None,
         image_id: str | None = None,
-        min_disk: int = 0,
-        min_ram: int = 0,
     ) -> Image:
-        """Take in a new image; `min_disk` is GiB, `min_ram` MiB.
+        """Take in a new image.
 
         Raises:
             InvalidJob: the id is taken or none, the format unknown, the name too long.
@@ -179,8 +177,6 @@ class DirectorySource:
                 name=name,
                 disk_format=disk_format,
                 container_format=disk_format if disk_format in _KERNEL_FORMATS else "bare",
-                min_disk=min_disk,
-                min_ram=min_ram,
                 properties=properties or {},
             )
         except ValidationError as e:

@@ -74,12 +74,9 @@ class _Server:
 class Listener(_Server):
     """The API on a Unix socket."""
 
-    def __init__(
-        self, app: FastAPI, socket_path: Path, *, mode: int = 0o660, group: str | None = None
-    ) -> None:
+    def __init__(self, app: FastAPI, socket_path: Path, *, group: str | None = None) -> None:
         super().__init__(app)
         self._path = socket_path
-        self._mode = mode
         self._group = group
         self._inode: int | None = None
 
@@ -123,7 +120,7 @@ class Listener(_Server):
         aside = self._path.with_name(f".{secrets.token_hex(4)}")
         try:
             sock.bind(os.fspath(aside))
-            aside.chmod(self._mode)
+            aside.chmod(0o660)
             if self._group is not None:
                 os.chown(aside, -1, grp.getgrnam(self._group).gr_gid)
             sock.listen(_BACKLOG)

@@ -6,7 +6,6 @@ Jobs pin bases too, for as long as they run; those pins are `agent.usage`'s.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +27,14 @@ _PIN = TypeAdapter(OperatorPin)
 class OperatorPins:
     """May be shared by any number of threads."""
 
-    def __init__(self, directory: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, directory: Path) -> None:
         """`directory` is `_base/.pins`; it is made if need be."""
         self._directory = directory
-        self._clock = clock
         directory.mkdir(mode=0o700, exist_ok=True)
 
     def put(self, base_name: str, *, seconds: float | None) -> OperatorPin:
         """Pin a base for so long, or for ever; replaces what pin there was."""
-        now = self._clock()
+        now = time.time()
         pin = OperatorPin(since=now, until=None if seconds is None else now + seconds)
         write_durably(self._path(base_name), _PIN.dump_json(pin))
         return pin
@@ -59,7 +57,7 @@ class OperatorPins:
             return None
         except (OSError, ValidationError):
             return OperatorPin(since=0.0, until=None)
-        return pin if pin.until is None or pin.until > self._clock() else None
+        return pin if pin.until is None or pin.until > time.time() else None
 
     def _path(self, base_name: str) -> Path:
         return self._directory / f"{base_name}.json"

@@ -8,7 +8,7 @@ looked at once more at the moment of its removal, when nobody can pin it.
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from agent import metrics, prune
 from agent.errors import BackendError, BootwrightError, InsufficientFreeSpace
@@ -29,17 +29,14 @@ class Pruner:
         store: Store,
         usage: Usage,
         policy: Policy,
-        *,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._usage = usage
         self._policy = policy
-        self._clock = clock
 
     def gc(self, *, dry_run: bool) -> GcReport:
         """Remove what the policy says; return what became, or would become, of every base."""
-        decisions = prune.plan(self.state(), self._clock(), self._policy)
+        decisions = prune.plan(self.state(), time.time(), self._policy)
         if not dry_run:
             decisions = list(self._carry_out(decisions))
         freed = sum(decision.bytes for decision in decisions)

@@ -9,6 +9,7 @@ business of `inspection`.
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from agent import files, process
@@ -35,18 +36,16 @@ class QemuImg:
         program: str = "qemu-img",
         cpu_s: int = 3600,
         address_space: int = 1 << 30,
-        file_size: int | None = None,
         timeout_s: float = 7200.0,
     ) -> None:
         """Sizes are bytes.
 
         Args:
             address_space: QEMU 7.2 converts at 256 MiB whatever was tried.
-            file_size: of the raw file, where `convert` is not told a smaller one.
             timeout_s: wall clock of a conversion.
         """
         self._program = program
-        self._limits = process.Limits(cpu_s=cpu_s, address_space=address_space, file_size=file_size)
+        self._limits = process.Limits(cpu_s=cpu_s, address_space=address_space)
         self._timeout_s = timeout_s
         self._direct: dict[Path, bool] = {}
         self._probing = threading.Lock()
@@ -58,7 +57,7 @@ class QemuImg:
         target: Path,
         cancellation: Cancellation,
         *,
-        virtual_size: int | None = None,
+        virtual_size: int,
     ) -> None:
         """Write the content of `source` to `target` as a sparse raw file, durably.
 
@@ -72,22 +71,14 @@ class QemuImg:
             BackendError: qemu-img is missing, cannot be started, or took too long.
             BootwrightError: the reason of the cancellation.
         """
-        file_size = self._limits.file_size
-        if virtual_size is not None:
-            file_size = virtual_size + _ROUNDING
-        limits = process.Limits(
-            cpu_s=self._limits.cpu_s,
-            address_space=self._limits.address_space,
-            file_size=file_size,
-        )
+        limits = replace(self._limits, file_size=virtual_size + _ROUNDING)
         what = f"converting {source.name} from {source_format} to raw"
-        needed = virtual_size if virtual_size is not None else 0
         # Past the page cache where the file system can: the base is not read
         # again soon in full, and the memory belongs to the guests.
         cache = "none" if self._supports_direct(target.parent) else "writeback"
         try:
             # Made here, because the program may write to this file and make no other.
-            with files.reporting_no_space(target, needed, what):
+            with files.reporting_no_space(target, virtual_size, what):
                 _make_empty(target)
             process.run(
                 [
@@ -99,13 +90,13 @@ class QemuImg:
                 limits=limits,
                 confinement=Confinement(readable=(source,), writable=(target,)),
             )  # fmt: skip
-            with files.reporting_no_space(target, needed, what):
+            with files.reporting_no_space(target, virtual_size, what):
                 files.fsync(target)
         except BaseException as e:
             target.unlink(missing_ok=True)
             if not isinstance(e, ProgramFailed):
                 raise
-            raise self._translated(e, what, limits, target, needed) from e
+            raise self._translated(e, what, limits, target, virtual_size) from e
 
     def fill(
         self,
@@ -129,11 +120,7 @@ class QemuImg:
             BootwrightError: the reason of the cancellation.
         """
         what = f"copying base {base.name} to {target}"
-        limits = process.Limits(
-            cpu_s=self._limits.cpu_s,
-            address_space=self._limits.address_space,
-            file_size=virtual_size + (virtual_size >> 12) + _BESIDE,
-        )
+        limits = replace(self._limits, file_size=virtual_size + (virtual_size >> 12) + _BESIDE)
         cache = "none" if self._supports_direct(target.parent) else "writeback"
         try:
             process.run(
@@ -161,11 +148,7 @@ class QemuImg:
             BackendError: qemu-img is missing, failed, or took too long.
         """
         what = f"growing {path} to {virtual_size} bytes"
-        limits = process.Limits(
-            cpu_s=self._limits.cpu_s,
-            address_space=self._limits.address_space,
-            file_size=path.stat().st_size + _BESIDE,
-        )
+        limits = replace(self._limits, file_size=path.stat().st_size + _BESIDE)
         try:
             process.run(
                 [

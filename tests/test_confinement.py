@@ -163,7 +163,7 @@ def test_qemu_img_cannot_follow_a_reference(tmp_path: Path, reference: str) -> N
         qcow2(image, "-o", f"data_file={secret}", "1M")
 
     with pytest.raises(ImageUnacceptable, match=r"secret.*Permission denied"):
-        QemuImg().convert(image, "qcow2", base, Cancellation())
+        QemuImg().convert(image, "qcow2", base, Cancellation(), virtual_size=MIB)
 
     assert not base.exists()
     # It would have followed it without.

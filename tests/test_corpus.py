@@ -188,7 +188,9 @@ def test_every_number_has_its_verdict_and_a_test() -> None:
 def test_the_watch_sees_what_is_started(tmp_path: Path) -> None:
     EXECUTIONS.clear()
     with pytest.raises(ImageUnacceptable):
-        QemuImg().convert(Path("/dev/null"), "qcow2", tmp_path / "raw", Cancellation())
+        QemuImg().convert(
+            Path("/dev/null"), "qcow2", tmp_path / "raw", Cancellation(), virtual_size=MIB
+        )
     [argv] = EXECUTIONS.of_qemu()
     assert any(word.endswith("qemu-img") for word in argv)
 

@@ -48,11 +48,9 @@ def test_added_image_is_two_files_for_owner_and_group(
         name="vmlinuz",
         properties={"os_distro": "debian"},
         image_id="debian-kernel",
-        min_disk=1,
-        min_ram=64,
     )
     assert image == source.get("debian-kernel")
-    assert (image.container_format, image.min_disk, image.min_ram) == ("aki", 1, 64)
+    assert image.container_format == "aki"
     assert image.digest == ("sha512", hashlib.sha512(DATA).hexdigest())
     assert {path.name for path in directory.iterdir()} == {
         "debian-kernel.json",
@@ -245,6 +243,13 @@ def test_record_that_is_none(
         source.get("one")
     assert [image.id for image in source.list()] == ["two"]
     assert "one.json" in caplog.text
+
+
+def test_record_may_ask_for_a_disk_and_memory(source: DirectorySource, directory: Path) -> None:
+    source.add([DATA], disk_format="raw", name="x", image_id="one")
+    path = directory / "one.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"min_disk": 1, "min_ram": 64}))
+    assert (source.get("one").min_disk, source.get("one").min_ram) == (1, 64)
 
 
 def test_record_of_another_image(source: DirectorySource, directory: Path) -> None:

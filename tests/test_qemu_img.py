@@ -52,7 +52,7 @@ def test_it_works_where_there_is_no_direct_io(tmp_path: Path) -> None:
     elsewhere.mkdir()
     try:
         source = image(tmp_path, "qcow2", b"x" * MIB)
-        QemuImg().convert(source, "qcow2", elsewhere / "base", Cancellation())
+        QemuImg().convert(source, "qcow2", elsewhere / "base", Cancellation(), virtual_size=MIB)
         assert (elsewhere / "base").read_bytes() == b"x" * MIB
         assert [path.name for path in elsewhere.iterdir()] == ["base"]
     finally:
@@ -69,9 +69,13 @@ def test_more_than_the_header_promised_is_not_written(tmp_path: Path) -> None:
 def test_the_other_limits_are_named(tmp_path: Path) -> None:
     source, target = image(tmp_path, "qcow2", os.urandom(2 * MIB)), tmp_path / "base"
     with pytest.raises(ImageUnacceptable, match="bytes of address space"):
-        QemuImg(address_space=40 * MIB).convert(source, "qcow2", target, Cancellation())
+        QemuImg(address_space=40 * MIB).convert(
+            source, "qcow2", target, Cancellation(), virtual_size=2 * MIB
+        )
     with pytest.raises(BackendError, match="time limit"):
-        QemuImg(timeout_s=0.0).convert(source, "qcow2", target, Cancellation())
+        QemuImg(timeout_s=0.0).convert(
+            source, "qcow2", target, Cancellation(), virtual_size=2 * MIB
+        )
     assert not target.exists()
 
 
@@ -81,7 +85,7 @@ def test_a_damaged_image_is_refused_in_qemus_words(tmp_path: Path) -> None:
         f.seek(40)
         f.write(b"\xff" * 8)
     with pytest.raises(ImageUnacceptable, match="L1 table"):
-        QemuImg().convert(source, "qcow2", target, Cancellation())
+        QemuImg().convert(source, "qcow2", target, Cancellation(), virtual_size=2 * MIB)
     assert not target.exists()
 
 
@@ -92,7 +96,7 @@ def test_a_cancel_leaves_no_target(tmp_path: Path) -> None:
 
     def convert_again_and_again() -> None:
         while True:
-            QemuImg().convert(source, "qcow2", target, cancellation)
+            QemuImg().convert(source, "qcow2", target, cancellation, virtual_size=2 * MIB)
 
     with pytest.raises(Cancelled):
         convert_again_and_again()
@@ -112,7 +116,7 @@ def test_a_full_disk_is_not_the_images_fault(tmp_path: Path) -> None:
     try:
         source = image(tmp_path, "qcow2", os.urandom(3 * MIB))
         with pytest.raises(InsufficientFreeSpace, match="base"):
-            QemuImg().convert(source, "qcow2", small / "base", Cancellation())
+            QemuImg().convert(source, "qcow2", small / "base", Cancellation(), virtual_size=3 * MIB)
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", small], check=True)
@@ -121,5 +125,5 @@ def test_a_full_disk_is_not_the_images_fault(tmp_path: Path) -> None:
 def test_a_missing_program_is_the_hosts_fault(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="not installed"):
         QemuImg(program="no-such-qemu-img").convert(
-            tmp_path / "image", "raw", tmp_path / "base", Cancellation()
+            tmp_path / "image", "raw", tmp_path / "base", Cancellation(), virtual_size=MIB
         )

@@ -39,7 +39,7 @@ class Converter(Protocol):
         target: Path,
         cancellation: Cancellation,
         *,
-        virtual_size: int | None,
+        virtual_size: int,
     ) -> None: ...
 
 
