@@ -6,16 +6,20 @@ database in WAL mode that two connections reset at the same time
 with a single connection there is nobody to race with.
 
 Each transition of a job and the event that tells of it are one transaction, so
-the event stream never says more or less than the jobs do.
+the event stream never says more or less than the jobs do. Every transaction is
+synced. A phase that a job has come to waits for the next one, or for somebody to
+ask: what has been told lasts, and a boot that nobody watches is written down twice,
+when it is accepted and when it has ended.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +33,8 @@ from agent.errors import (
 from agent.job import JobRequest
 from agent.report import JobReport, Status
 from agent.views import Event
+
+LOG = logging.getLogger(__name__)
 
 _SCHEMA_VERSION = 2
 # Each index is one more page in the write-ahead log of every transition.
@@ -55,9 +61,6 @@ CREATE TABLE event (
     message    TEXT NOT NULL
 );
 """
-# What callers have seen of events a power cut may have taken back, and numbers must not come twice.
-# SQLite syncs at each checkpoint, so at the latest after 1,000 pages: fewer than so many events.
-_LEAP = 10_000
 # To each version from the one before. What is left of version 1 beside is in nobody's way.
 _MIGRATIONS = {2: "DROP INDEX event_job;"}
 _UNFINISHED = tuple(status for status in Status if not status.final)
@@ -73,6 +76,14 @@ class Job:
     """Why it shall end, once somebody has asked for that."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Transition:
+    report: JobReport
+    message: str
+    time: float
+    """Seconds since the epoch."""
+
+
 class Journal:
     """May be shared by any number of threads; by one process only."""
 
@@ -85,9 +96,8 @@ class Journal:
         self._path = path
         self._now = now
         self._lock = threading.RLock()
-        # What the connection does now; None as long as it has not been told.
-        self._durable: bool | None = None
-        self._leapt = False
+        # Transitions that are not in the file yet, in their order.
+        self._announced: list[_Transition] = []
         self.changed = threading.Condition(self._lock)
         try:
             # It holds user data, whatever the umask is.
@@ -98,6 +108,7 @@ class Journal:
             )
             self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")
             self._migrate(path)
         except (sqlite3.Error, OSError) as e:
             raise JournalUnusable(
@@ -122,31 +133,26 @@ class Journal:
 
     def close(self) -> None:
         with self._lock:
+            try:
+                self._write_announced()
+            except BootwrightError as e:
+                LOG.warning("where the running jobs were is not recorded: %s", e)
             self._connection.close()
 
-    @contextmanager
-    def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """Commit what the block does; not `durable`, it may be lost with the power, in order.
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Commit what the block does, after what was announced before; it is durable then.
 
         Raises:
             InsufficientFreeSpace, BackendError: it could not be made durable.
         """
         with self._lock:
             try:
-                # In WAL mode it is only the sync at the end that NORMAL leaves out: the
-                # next durable transaction makes it up, since all go to one file in turn.
-                # The first one brings the leap, which has to last like what follows it.
-                wanted = durable or not self._leapt
-                if wanted is not self._durable:
-                    level = "FULL" if wanted else "NORMAL"
-                    self._connection.execute(f"PRAGMA synchronous = {level}")
-                    self._durable = wanted
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
-                    self._leap()
+                    _write(self._connection, self._announced)
                     yield self._connection
                     self._connection.execute("COMMIT")
-                    self._leapt = True
                 except BaseException:
                     # SQLite itself may have rolled back, when the disk was full.
                     if self._connection.in_transaction:
@@ -154,13 +160,22 @@ class Journal:
                     raise
             except sqlite3.Error as e:
                 raise self._unwritable(e) from e
+            self._announced.clear()
             self.changed.notify_all()
 
-    def _leap(self) -> None:
-        if not self._leapt:
-            self._connection.execute(
-                "UPDATE sqlite_sequence SET seq = seq + ? WHERE name = 'event'", (_LEAP,)
-            )
+    def _write_announced(self) -> None:
+        if self._announced:
+            with self._transaction():
+                pass
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection to who tells others what it reads: that has to last."""
+        with self._lock:
+            # What cannot be written is not told yet; the rest is.
+            with contextlib.suppress(BootwrightError):
+                self._write_announced()
+            yield self._connection
 
     def _unwritable(self, error: sqlite3.Error) -> BootwrightError:
         if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
@@ -184,7 +199,7 @@ class Journal:
         """
         with self._transaction() as db:
             if request.idempotency_key is not None:
-                known = self.by_key(request.idempotency_key, body_digest)
+                known = _by_key(db, request.idempotency_key, body_digest)
                 if known is not None:
                     return known
             db.execute(
@@ -200,7 +215,7 @@ class Journal:
                     report.model_dump_json(),
                 ),
             )
-            self._insert_event(db, report, f"{report.action} accepted")
+            _insert_event(db, self._transition(report, f"{report.action} accepted"))
         return report
 
     def by_key(self, key: str, body_digest: str) -> JobReport | None:
@@ -210,26 +225,30 @@ class Journal:
             IdempotencyConflict: the key belongs to a job with another body.
         """
         with self._lock:
-            row = self._connection.execute(
-                "SELECT id, body_digest, report FROM job WHERE idempotency_key = ?", (key,)
-            ).fetchone()
-        return None if row is None else _same_job(key, row, body_digest)
+            return _by_key(self._connection, key, body_digest)
 
-    def record(self, report: JobReport, message: str, *, durable: bool) -> None:
-        """Note the job's new state, and tell `message` to whoever follows events.
+    def announce(self, report: JobReport, message: str) -> None:
+        """Tell the job's new state, and `message`, to whoever asks; durable from then on.
 
-        `durable`: whether a power cut may not take it back. A crash of the agent never does.
+        A crash takes it back if nobody has asked, and nothing has been recorded since.
         """
-        with self._transaction(durable=durable) as db:
-            db.execute(
-                "UPDATE job SET report = ? WHERE id = ?", (report.model_dump_json(), report.id)
-            )
-            # By itself: mostly it is the same, and its index need not be written again.
-            db.execute(
-                "UPDATE job SET status = ?1 WHERE id = ?2 AND status <> ?1",
-                (report.status, report.id),
-            )
-            self._insert_event(db, report, message)
+        with self._lock:
+            self._announced.append(self._transition(report, message))
+            self.changed.notify_all()
+
+    def record(self, report: JobReport, message: str) -> None:
+        """Make the job's new state durable, and tell `message` to whoever follows events."""
+        with self._lock:
+            self._announced.append(self._transition(report, message))
+            try:
+                self._write_announced()
+            except BootwrightError:
+                # Whoever is told so tries it again, or goes another way.
+                self._announced.pop()
+                raise
+
+    def _transition(self, report: JobReport, message: str) -> _Transition:
+        return _Transition(report=report, message=message, time=self._now())
 
     def cancel(self, job_id: str, message: str) -> None:
         """Make it durable that the job shall end; the first message given stays."""
@@ -238,14 +257,12 @@ class Journal:
                 "UPDATE job SET cancelled = coalesce(cancelled, ?) WHERE id = ?", (message, job_id)
             )
 
-    def _insert_event(self, db: sqlite3.Connection, report: JobReport, message: str) -> None:
-        db.execute(
-            "INSERT INTO event (job_id, time, status, task_state, message) VALUES (?, ?, ?, ?, ?)",
-            (report.id, self._now(), report.status, report.task_state, message),
-        )
-
     def get(self, job_id: str) -> Job:
-        """Raises: NotFound."""
+        """Return a job as it was last written; a phase it has come to may be announced only.
+
+        Raises:
+            NotFound
+        """
         with self._lock:
             row = self._connection.execute(
                 "SELECT request, report, cancelled FROM job WHERE id = ?", (job_id,)
@@ -259,8 +276,8 @@ class Journal:
     def jobs(self, statuses: Sequence[Status] = tuple(Status)) -> list[Job]:
         """Return the jobs in one of `statuses`, in the order they were accepted."""
         marks = ", ".join("?" * len(statuses))
-        with self._lock:
-            rows = self._connection.execute(
+        with self._reading() as db:
+            rows = db.execute(
                 f"SELECT request, report, cancelled FROM job WHERE status IN ({marks}) "  # noqa: S608
                 "ORDER BY number",
                 tuple(statuses),
@@ -284,16 +301,14 @@ class Journal:
 
     def counts(self) -> dict[Status, int]:
         """Return how many jobs there are of each status."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT status, count(*) FROM job GROUP BY status"
-            ).fetchall()
+        with self._reading() as db:
+            rows = db.execute("SELECT status, count(*) FROM job GROUP BY status").fetchall()
         return {Status(status): count for status, count in rows}
 
     def events(self, since: int, *, limit: int = 1000) -> list[Event]:
         """Return up to `limit` events after number `since`."""
-        with self._lock:
-            rows = self._connection.execute(
+        with self._reading() as db:
+            rows = db.execute(
                 "SELECT seq, time, job_id, status, task_state, message FROM event "
                 "WHERE seq > ? ORDER BY seq LIMIT ?",
                 (since, limit),
@@ -312,8 +327,8 @@ class Journal:
 
     def last_event(self) -> int:
         """Return the number of the newest event, 0 if there is none."""
-        with self._lock:
-            (seq,) = self._connection.execute("SELECT coalesce(max(seq), 0) FROM event").fetchone()
+        with self._reading() as db:
+            (seq,) = db.execute("SELECT coalesce(max(seq), 0) FROM event").fetchone()
         return int(seq)
 
     def forget(self, *, older_than_s: float) -> int:
@@ -330,6 +345,25 @@ class Journal:
             return cursor.rowcount
 
 
+def _write(db: sqlite3.Connection, transitions: Sequence[_Transition]) -> None:
+    newest = {transition.report.id: transition.report for transition in transitions}
+    for report in newest.values():
+        db.execute(
+            "UPDATE job SET report = ?, status = ? WHERE id = ?",
+            (report.model_dump_json(), report.status, report.id),
+        )
+    for transition in transitions:
+        _insert_event(db, transition)
+
+
+def _insert_event(db: sqlite3.Connection, transition: _Transition) -> None:
+    report = transition.report
+    db.execute(
+        "INSERT INTO event (job_id, time, status, task_state, message) VALUES (?, ?, ?, ?, ?)",
+        (report.id, transition.time, report.status, report.task_state, transition.message),
+    )
+
+
 class JournalUnusable(Exception):
     """The journal cannot be opened; the agent does not start without it."""
 
@@ -344,7 +378,12 @@ def digest_of(request: JobRequest) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _same_job(key: str, row: tuple[str, str, str], body_digest: str) -> JobReport:
+def _by_key(db: sqlite3.Connection, key: str, body_digest: str) -> JobReport | None:
+    row = db.execute(
+        "SELECT id, body_digest, report FROM job WHERE idempotency_key = ?", (key,)
+    ).fetchone()
+    if row is None:
+        return None
     job_id, known_digest, report = row
     if known_digest != body_digest:
         raise IdempotencyConflict(

@@ -1,8 +1,9 @@
 """The running record of one job: its phases, its result, how it ended.
 
-A phase is journaled when it begins, though not synced: only how a job ended has
-to survive a power cut. What is learned within a phase goes with the next entry.
-Progress is not journaled at all: it is true for a moment only.
+A phase is journaled when it begins if it may last and has a progress to show, else
+only announced: after a crash the job runs again from its first step, whatever phase
+it was in. What is learned within a phase goes with the next entry. Progress itself
+is not journaled: it is true for a moment only.
 """
 
 import threading
@@ -47,6 +48,9 @@ class Recorder:
         self._clock = clock
         self._lock = threading.Lock()
         self._report = job.report
+        # What is to be set in it: made into a new report when somebody looks.
+        self._noted: dict[str, Any] = {}
+        self._phase = job.report.task_state
         self._phases = {phase.phase: phase for phase in job.report.timeline}
         self._began = clock()
         self._last_message = ""
@@ -54,17 +58,20 @@ class Recorder:
     @property
     def report(self) -> JobReport:
         with self._lock:
+            if self._noted:
+                self._report = self._report.model_copy(update=self._noted)
+                self._noted = {}
             return self._report
 
     def note(self, **fields: Any) -> None:
         """Set fields of the report; durable with the next phase or the end."""
         with self._lock:
-            self._report = self._report.model_copy(update=fields)
+            self._noted.update(fields)
 
     def progress(self, progress: Progress) -> None:
         """Show how far it is; a phase that has not been recorded yet begins."""
-        if progress.phase is not self.report.task_state:
-            self.phase(progress.phase)
+        if progress.phase is not self._phase:
+            self._journal.record(*self._begin(progress.phase))
         self.note(progress=progress)
 
     def count(self, *, received: int, resumed: int) -> None:
@@ -79,10 +86,14 @@ class Recorder:
 
     def phase(self, phase: TaskState) -> None:
         """Begin `phase`. One that was there before goes on."""
+        self._journal.announce(*self._begin(phase))
+
+    def _begin(self, phase: TaskState) -> tuple[JobReport, str]:
+        """Return the report, and what to tell of it."""
         self._close_phase()
-        self.note(status=Status.BUILD, task_state=phase)
-        # After a power cut the job runs again from its first step, whatever phase it was in.
-        self._write(phase.value.replace("_", " "), durable=False)
+        self._phase = phase
+        self.note(status=Status.BUILD, task_state=phase, updated_at=self._now())
+        return self.report, phase.value.replace("_", " ")
 
     def finish(self, status: Status, message: str, error: BootwrightError | None = None) -> None:
         """Record how the job ended, durably.
@@ -91,7 +102,7 @@ class Recorder:
             EndNotRecorded: that may be so after a crash, and until then is not.
         """
         self._close_phase()
-        ended_in = self.report.task_state
+        ended_in, self._phase = self._phase, None
         self.note(
             status=status,
             task_state=None,
@@ -110,21 +121,17 @@ class Recorder:
 
     def record_end(self) -> None:
         """Record the end that `finish` could not; raises as it does."""
+        self.note(updated_at=self._now())
         try:
-            self._write(self._last_message, durable=True)
+            self._journal.record(self.report, self._last_message)
         except BootwrightError as e:
             raise EndNotRecorded(e) from e
 
     def _close_phase(self) -> None:
         now = self._clock()
-        phase = self.report.task_state
-        if phase is not None:
-            known = self._phases.get(phase) or PhaseReport(phase=phase, seconds=0)
+        if self._phase is not None:
+            known = self._phases.get(self._phase) or PhaseReport(phase=self._phase, seconds=0)
             seconds = round(known.seconds + now - self._began, 6)
-            self._phases[phase] = known.model_copy(update={"seconds": seconds})
+            self._phases[self._phase] = known.model_copy(update={"seconds": seconds})
         self._began = now
         self.note(timeline=tuple(self._phases.values()), progress=None)
-
-    def _write(self, message: str, *, durable: bool) -> None:
-        self.note(updated_at=self._now())
-        self._journal.record(self.report, message, durable=durable)

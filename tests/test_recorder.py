@@ -56,12 +56,12 @@ def new_recorder(journal: Journal, clock: Clock) -> Recorder:
     return Recorder(journal, journal.get("job-1"), now=lambda: 50.0, clock=clock)
 
 
-def test_phase_is_durable_when_it_begins(journal: Journal, recorder: Recorder) -> None:
+def test_phase_is_told_when_it_begins(journal: Journal, recorder: Recorder) -> None:
     recorder.phase(RESOLVING)
+    assert [event.message for event in journal.events(0)][1:] == ["image resolving"]
     report = journal.get("job-1").report
     assert (report.status, report.task_state) == (Status.BUILD, RESOLVING)
     assert report.updated_at == 50.0
-    assert [event.message for event in journal.events(0)][1:] == ["image resolving"]
 
 
 def test_note_goes_with_the_next_entry(journal: Journal, recorder: Recorder) -> None:
@@ -69,7 +69,7 @@ def test_note_goes_with_the_next_entry(journal: Journal, recorder: Recorder) -> 
     assert recorder.report.domain_xml == "<domain/>"
     assert journal.get("job-1").report.domain_xml is None
     recorder.phase(RESOLVING)
-    assert journal.get("job-1").report.domain_xml == "<domain/>"
+    assert [job.report.domain_xml for job in journal.jobs()] == ["<domain/>"]
 
 
 def test_timeline_adds_up_phases_that_come_back(
@@ -94,10 +94,10 @@ def test_timeline_adds_up_phases_that_come_back(
 def test_timeline_goes_on_after_a_restart_without_the_time_between(
     journal: Journal, recorder: Recorder, clock: Clock
 ) -> None:
-    recorder.phase(DOWNLOADING)
+    recorder.progress(Progress(phase=DOWNLOADING))
     recorder.count(received=100, resumed=0)
     clock.seconds = 2.0
-    recorder.phase(TaskState.IMAGE_VERIFYING)
+    recorder.progress(Progress(phase=TaskState.IMAGE_VERIFYING))
 
     clock.seconds = 1000.0
     again = new_recorder(journal, clock)

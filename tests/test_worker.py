@@ -246,10 +246,10 @@ def test_lines_about_an_end_that_is_recorded_later_are_the_jobs(
     may_record = threading.Event()
 
     class Full(Journal):
-        def record(self, report: JobReport, message: str, *, durable: bool) -> None:
+        def record(self, report: JobReport, message: str) -> None:
             if report.status.final and not may_record.is_set():
                 raise BackendError("no space", "make some")
-            super().record(report, message, durable=durable)
+            super().record(report, message)
 
     host.journal.close()
     host.journal = Full(tmp_path / "journal.db")
@@ -383,7 +383,7 @@ def test_cancel_of_a_running_job_is_durable_before_it_is_acknowledged(host: Host
     host.worker = Worker(host.journal, work, concurrency=1, untouched=lambda _: True)
     host.accept("job-1")
     host.worker.start()
-    until(lambda: host.journal.get("job-1").report.status is Status.BUILD)
+    until(lambda: [report.status for report in host.worker.running()] == [Status.BUILD])
     host.worker.cancel("job-1", "cancelled on request")
     assert host.journal.get("job-1").cancelled == "cancelled on request"
     stubborn.set()
