@@ -28,7 +28,7 @@ from agent.base import GIB, Base, check_fits
 from agent.cancellation import Cancellation
 from agent.change import is_running
 from agent.devices import assign_devices, assign_macs
-from agent.disk import DiskType, Home
+from agent.disk import Home
 from agent.domain_spec import Size, own_kernel, spec_of
 from agent.errors import (
     AgentStopping,
@@ -37,6 +37,7 @@ from agent.errors import (
     HypervisorError,
     InvalidJob,
 )
+from agent.files import Together, reporting
 from agent.hardware import Hardware
 from agent.host import Host
 from agent.hypervisor import DEFAULT_NETWORK
@@ -142,10 +143,12 @@ class Build:
         )
         self._recorder.phase(TaskState.BLOCK_DEVICE_MAPPING)
         networks = assign_macs(self._networks(), self._uuid)
-        record = self._record(bases, hardware, networks)
-        self._recorder.note(disks=tuple(disk.report() for disk in record.disks))
-        self._layout(networks).prepare(record.disks, bases, self._cancellation)
-        self._host.instances.settle(self._uuid)
+        layout = self._layout(networks)
+        with reporting("writing", self._home.directory), Together() as together:
+            record = self._record(bases, hardware, layout, together)
+            self._recorder.note(disks=tuple(disk.report() for disk in record.disks))
+            layout.prepare(record.disks, bases, together, self._cancellation)
+            together.publish()
         xml = self._domain_xml(record, hardware, networks)
         self._spawn(xml)
 
@@ -233,26 +236,27 @@ class Build:
     # Disks
 
     def _record(
-        self, bases: Mapping[Role, Base], hardware: Hardware, networks: Sequence[Network]
+        self,
+        bases: Mapping[Role, Base],
+        hardware: Hardware,
+        layout: Layout,
+        together: Together,
     ) -> InstanceRecord:
-        """Return what the instance has, from its record or planned now and made durable.
+        """Return what the instance has: from its record, or planned now and written down.
 
         A record that is there already was written by this very job before the
         agent was restarted. It counts, whatever the configuration says today.
         """
         record = self._known()
         if record is None:
-            record = self._planned(bases, hardware, networks)
-            self._host.instances.write(record, settle=False)
-        # Where all of them are files beside the record, the first one that is durable makes
-        # the record's name so: file systems keep the names in a directory in order. Else it
-        # is settled now; the run that has written it may have been cut off before that.
-        if any(disk.type is not DiskType.FILE for disk in record.disks):
+            record = self._planned(bases, hardware, layout)
+            self._host.instances.add(record, together)
+        else:
             self._host.instances.settle(self._uuid)
         return record
 
     def _planned(
-        self, bases: Mapping[Role, Base], hardware: Hardware, networks: Sequence[Network]
+        self, bases: Mapping[Role, Base], hardware: Hardware, layout: Layout
     ) -> InstanceRecord:
         root = bases[Role.ROOT]
         return InstanceRecord(
@@ -268,9 +272,7 @@ class Build:
             images_type=self._images_type,
             metadata=self._instance.metadata,
             iotune=self._flavor.iotune,
-            disks=assign_devices(
-                self._layout(networks).plan(bases, self._images_type), hardware, self._uuid
-            ),
+            disks=assign_devices(layout.plan(bases, self._images_type), hardware, self._uuid),
         )
 
     def _hardware(self, image: Image) -> Hardware:

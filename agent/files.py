@@ -15,8 +15,10 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from agent.cancellation import Cancellation
 from agent.errors import BackendError, InsufficientFreeSpace
@@ -122,47 +124,136 @@ def fsync_directory(path: Path) -> None:
         os.close(fd)
 
 
-@contextlib.contextmanager
-def replacing(
-    target: Path, *, needed: int, what: str, mode: int = 0o640, settle: bool = True
-) -> Iterator[int]:
-    """Give a descriptor (read and write) to the file that becomes `target` at the end.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Aside:
+    """A file that is written and has not got its name."""
 
-    It stands beside the target as `.<name>.<random>.tmp`. When the block ends
-    well the file and, with `settle`, its name are durable; when not, it is
-    removed and the target is as before. A crash may leave the temporary file.
+    fd: int
+    path: Path
+    target: Path
+    needed: int
+    what: str
+    named: Callable[[], None]
 
-    Raises:
-        InsufficientFreeSpace: naming `what` and the `needed` bytes.
+
+class Together:
+    """Files that get their names together: written aside, flushed at once, renamed in turn.
+
+    To a file system that is little more work than one of them, and after a crash none
+    is there without those before it. What has not been published when the `with` block
+    ends is removed, with the directories that were made for it. Used by one thread.
     """
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    with reporting_no_space(target, needed, what):
-        fd = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-        try:
+
+    def __init__(self) -> None:
+        self._files: list[_Aside] = []
+        self._made: list[Path] = []
+        self._to_flush: list[Path] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._files:
+            os.close(one.fd)
+            one.path.unlink(missing_ok=True)
+        for path in reversed(self._made):
+            with contextlib.suppress(OSError):
+                path.rmdir()  # unless there is anything in it
+
+    def directory(self, path: Path, *, mode: int) -> None:
+        """Make a directory, unless it is there; its name is durable when all is published."""
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode)
+            self._made.append(path)
+            # The umask has no say: the mode is part of what the caller promises.
+            path.chmod(mode)
+        self._to_flush.append(path.parent)
+
+    @contextlib.contextmanager
+    def file(
+        self,
+        target: Path,
+        *,
+        needed: int,
+        what: str,
+        mode: int = 0o640,
+        named: Callable[[], None] = lambda: None,
+    ) -> Iterator[int]:
+        """Give a descriptor (read and write) to what becomes `target`.
+
+        It stands beside the target as `.<name>.<random>.tmp`, and is removed if the
+        block does not end well. A crash may leave it. `named` is called when the target
+        is there, though not yet durable.
+
+        Raises:
+            InsufficientFreeSpace: naming `what` and the `needed` bytes.
+        """
+        aside = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with reporting_no_space(target, needed, what):
+            fd = os.open(aside, flags, mode)
             try:
-                # The umask has no say: the mode is part of what the caller promises.
                 os.fchmod(fd, mode)
                 yield fd
-                os.fsync(fd)
-            finally:
+            except BaseException:
                 os.close(fd)
-            aside.rename(target)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        if settle:
-            fsync_directory(target.parent)
+                aside.unlink(missing_ok=True)
+                raise
+        self._files.append(
+            _Aside(fd=fd, path=aside, target=target, needed=needed, what=what, named=named)
+        )
+
+    def publish(self) -> None:
+        """Make durable what has been written, and give it its names; more may follow.
+
+        Raises:
+            InsufficientFreeSpace, OSError: something is not durable, or not there.
+        """
+        for one in self._files:
+            with reporting_no_space(one.target, one.needed, one.what):
+                os.fsync(one.fd)
+        while self._files:
+            one = self._files[0]
+            one.path.rename(one.target)
+            del self._files[0]
+            os.close(one.fd)
+            self._to_flush.append(one.target.parent)
+            one.named()
+        for directory in dict.fromkeys(reversed(self._to_flush)):
+            fsync_directory(directory)
+        self._to_flush.clear()
+        self._made.clear()
 
 
-def write_durably(path: Path, data: bytes, *, mode: int = 0o640, settle: bool = True) -> None:
+@contextlib.contextmanager
+def joining(together: Together | None) -> Iterator[Together]:
+    """Give what to join; without one, what is published when the block has ended well."""
+    if together is not None:
+        yield together
+    else:
+        with Together() as alone:
+            yield alone
+            alone.publish()
+
+
+@contextlib.contextmanager
+def replacing(target: Path, *, needed: int, what: str, mode: int = 0o640) -> Iterator[int]:
+    """Give a descriptor (read and write) to the file that becomes `target` at the end.
+
+    When the block ends well the file and its name are durable; when not, the target is
+    as before. See `Together.file`.
+    """
+    with joining(None) as alone, alone.file(target, needed=needed, what=what, mode=mode) as fd:
+        yield fd
+
+
+def write_durably(path: Path, data: bytes, *, mode: int = 0o640) -> None:
     """Put `data` at `path`, replacing what was there, so that a crash leaves old or new.
-
-    Without `settle` it may be the old even after a return, until the directory is flushed.
 
     Raises:
         InsufficientFreeSpace
     """
-    with replacing(path, needed=len(data), what="writing", mode=mode, settle=settle) as fd:
+    with replacing(path, needed=len(data), what="writing", mode=mode) as fd:
         write_all(fd, memoryview(data), 0)
 
 

@@ -1,13 +1,11 @@
 """The instances of this host: one directory each, described by `instance.json`.
 
-`instance.json` is flushed before the first disk it names exists, and its name at the
-latest with that disk's (file systems keep the names in a directory in order). It
+`instance.json` is there, whole, before the first disk it names. It
 and nothing else says which disks an instance has, in which format, and on
 which bases they stand: a guest can write to its disks, so no answer is ever
 looked for in them.
 """
 
-import contextlib
 import logging
 import threading
 from dataclasses import dataclass, field
@@ -19,17 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from agent.cancellation import Cancellation
 from agent.disk import Disk
-from agent.errors import BootwrightError, InstanceExists, NotFound
-from agent.files import (
-    UNFINISHED,
-    fsync_directory,
-    remove_tree,
-    reporting,
-    write_durably,
-)
+from agent.errors import InstanceExists, NotFound
+from agent.files import UNFINISHED, Together, fsync_directory, remove_tree, reporting
 from agent.job import ImagesType
 from agent.origin import Origin
 from agent.report import Role
+from agent.write_path import write_all
 
 LOG = logging.getLogger(__name__)
 
@@ -180,8 +173,9 @@ class Instances:
                 self._know(record)
 
     def _know(self, record: InstanceRecord) -> None:
-        self._known[record.uuid] = record
-        self._uuids[record.name] = record.uuid
+        with self._lock:
+            self._known[record.uuid] = record
+            self._uuids[record.name] = record.uuid
 
     def directory_of(self, uuid: str) -> Path:
         return self._directory / uuid
@@ -251,38 +245,43 @@ class Instances:
         with self._lock:
             self._claims = {key: job for key, job in self._claims.items() if job != job_id}
 
-    def write(self, record: InstanceRecord, *, settle: bool = True) -> Path:
+    def write(self, record: InstanceRecord) -> Path:
         """Make the instance's directory and its record durable; return the directory.
-
-        Without `settle` their names are so only with the next one that is made
-        durable in the directory, or with `settle` itself, whichever comes first.
 
         Raises:
             InsufficientFreeSpace, BackendError: it cannot be written, or not durably.
                 `get` returns what is on disk, which may be either.
         """
         directory = self.directory_of(record.uuid)
-        try:
-            with reporting("making", directory):
-                if not directory.is_dir():
-                    # Others may pass through, as the hypervisor's user must, but not list.
-                    directory.mkdir(mode=0o711)
-                    directory.chmod(0o711)
-            with reporting("writing", directory / RECORD_NAME):
-                write_durably(
-                    directory / RECORD_NAME, _RECORD.dump_json(record, indent=2), settle=False
-                )
-            if settle:
-                self.settle(record.uuid)
-        except BootwrightError:
-            self._look_again(record.uuid)
-            raise
-        with self._lock:
-            self._know(record)
+        with reporting("writing", directory / RECORD_NAME), Together() as alone:
+            self.add(record, alone)
+            alone.publish()
         return directory
 
+    def add(self, record: InstanceRecord, together: Together) -> None:
+        """Have the instance's directory and its record be there when `together` is published.
+
+        Raises:
+            InsufficientFreeSpace, BackendError: it cannot be written.
+        """
+        directory = self.directory_of(record.uuid)
+        data = _RECORD.dump_json(record, indent=2)
+        with reporting("making", directory):
+            # Others may pass through, as the hypervisor's user must, but not list.
+            together.directory(directory, mode=0o711)
+        with (
+            reporting("writing", directory / RECORD_NAME),
+            together.file(
+                directory / RECORD_NAME,
+                needed=len(data),
+                what="writing",
+                named=lambda: self._know(record),
+            ) as fd,
+        ):
+            write_all(fd, memoryview(data), 0)
+
     def settle(self, uuid: str) -> None:
-        """Make durable what `write` may have left: the names of a record and its directory.
+        """Make durable what a run that was cut off may have left: the name of a record.
 
         Raises:
             InsufficientFreeSpace, BackendError: it cannot be.
@@ -291,23 +290,6 @@ class Instances:
         with reporting("writing", directory):
             fsync_directory(directory)
             fsync_directory(self._directory)
-
-    def _look_again(self, uuid: str) -> None:
-        """Know of an instance what is on disk, after a write of its record that failed.
-
-        The record may have got its name all the same, if only the flush of the
-        directory failed. Were it not known then, nobody would remove it, and the
-        next start would find an instance of a job that has failed.
-        """
-        directory = self.directory_of(uuid)
-        try:
-            found = _RECORD.validate_json((directory / RECORD_NAME).read_bytes())
-        except (OSError, ValidationError):
-            with contextlib.suppress(OSError):
-                directory.rmdir()  # unless there is anything in it
-            return
-        with self._lock:
-            self._know(found)
 
     def create_console(self, uuid: str) -> None:
         """Make the console log if it is not there.

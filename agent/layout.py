@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from agent import ephemeral
-from agent.backends import Backend, Backends
+from agent.backends import Backend, Backends, OverlayBackend
 from agent.base import GIB, Base
 from agent.cancellation import Cancellation
 from agent.config_drive import ConfigDrive
 from agent.disk import Disk, Home
+from agent.files import Together
 from agent.image import Image
 from agent.job import ConfigDriveFormat, Flavor, GuestFormat, ImagesType, Instance, Network
 from agent.report import Role
@@ -121,9 +122,16 @@ class Layout:
         return replace(disk, guest_format=format_, device=device, read_only=True)
 
     def prepare(
-        self, disks: Sequence[Disk], bases: Mapping[Role, Base], cancellation: Cancellation
+        self,
+        disks: Sequence[Disk],
+        bases: Mapping[Role, Base],
+        together: Together,
+        cancellation: Cancellation,
     ) -> None:
         """Make the disks that are not there yet.
+
+        They are all there, and durable, when `together` is published; none of them is before
+        what that has now.
 
         Raises:
             BackendError, InsufficientFreeSpace: one could not be made; those before it are there.
@@ -133,6 +141,10 @@ class Layout:
         for disk in disks:
             cancellation.check()
             backend = self._backends[disk.backend]
+            if disk.role is Role.ROOT and isinstance(backend, OverlayBackend):
+                backend.overlay(disk, bases[disk.role], together, cancellation)
+                continue
+            together.publish()
             match disk.role:
                 case Role.KERNEL | Role.RAMDISK | Role.ROOT:
                     backend.prepare(disk, bases[disk.role], cancellation)

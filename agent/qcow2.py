@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent import files
+from agent.files import Together, joining
 from agent.write_path import BLOCK, write_all
 
 MAGIC = b"QFI\xfb"
@@ -256,8 +256,11 @@ def create_overlay(
     backing_format: str,
     geometry: Geometry = DEFAULT_GEOMETRY,
     mode: int = 0o640,
+    together: Together | None = None,
 ) -> None:
     """Make an empty disk over `backing_file`, durably; about 1 ms, no process, 12 KiB on disk.
+
+    It is there when `together` is published, if that is given.
 
     The backing format stands in the header, so QEMU never guesses it. The
     backing file is not opened. A target that exists is replaced.
@@ -305,7 +308,10 @@ def create_overlay(
         extensions,
         name,
     ))  # fmt: skip
-    with files.replacing(target, needed=3 * BLOCK, what="creating the qcow2 disk", mode=mode) as fd:
+    with (
+        joining(together) as files,
+        files.file(target, needed=3 * BLOCK, what="creating the qcow2 disk", mode=mode) as fd,
+    ):
         os.ftruncate(fd, clusters * cluster)
         write_all(fd, memoryview(header), 0)
         write_all(fd, memoryview(struct.pack(">Q", 2 * cluster)), cluster)

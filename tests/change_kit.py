@@ -95,8 +95,8 @@ class Stopping(Instances):
         super().__init__(directory)
         self._cancellation = cancellation
 
-    def write(self, record: InstanceRecord, *, settle: bool = True) -> Path:
-        directory = super().write(record, settle=settle)
+    def write(self, record: InstanceRecord) -> Path:
+        directory = super().write(record)
         self._cancellation.cancel(AgentStopping("enough"))
         return directory
 

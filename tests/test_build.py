@@ -9,11 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from agent.backends import Backends
+from agent.backends.flat import Flat
+from agent.backends.qcow2 import Qcow2
+from agent.base import Base
 from agent.cancellation import Cancellation
-from agent.errors import BootwrightError, InstanceExists, InvalidJob
+from agent.disk import Disk
+from agent.errors import BootwrightError, InstanceExists, InsufficientFreeSpace, InvalidJob
+from agent.files import Together
 from agent.hypervisor import Hypervisor
+from agent.instances import InstanceRecord, Instances
+from agent.job import ImagesType
 from agent.manifest import base_name
+from agent.qemu_img import QemuImg
 from agent.removal import remove_instance
+from tests.cache_kit import random_bytes
 from tests.site_kit import BROKEN_TEMPLATE, Site, site
 
 __all__ = ["site"]
@@ -107,3 +117,45 @@ def test_without_a_size_the_root_disk_has_that_of_its_image(site: Site, images_t
     assert disk.virtual_size == site.image.size
     if images_type == "raw":
         assert (site.directory / "disk").read_bytes() == site.kit.source.data[site.image.id]
+
+
+class Looking(Flat):
+    """Notes which record the instances' directory has when a disk is about to be made."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+        self.found: list[InstanceRecord] = []
+
+    def prepare(self, disk: Disk, base: Base, cancellation: Cancellation) -> None:
+        self.found += Instances(self._directory).all()
+        super().prepare(disk, base, cancellation)
+
+
+def test_record_is_there_before_a_disk_that_is_copied(site: Site) -> None:
+    kernel = site.kit.source.add(random_bytes(1), image_id="kernel", disk_format="aki")
+    site.kit.source.images[site.image.id] = replace(site.image, properties={"kernel_id": kernel.id})
+    flat = Looking(site.kit.directory)
+    backends = Backends({ImagesType.QCOW2: site.host.backends[ImagesType.QCOW2],
+                         ImagesType.RAW: flat})  # fmt: skip
+    site.run(replace(site.host, backends=backends))
+    assert flat.found == [site.kit.instances.get(site.uuid)]
+
+
+class Refusing(Qcow2):
+    """Has made a file of an overlay when there is no space any more."""
+
+    def overlay(
+        self, disk: Disk, base: Base, together: Together, cancellation: Cancellation
+    ) -> None:
+        super().overlay(disk, base, together, cancellation)
+        raise InsufficientFreeSpace("it is full", "make room")
+
+
+@pytest.mark.parametrize("on_failure", ["cleanup", "keep"])
+def test_overlay_that_cannot_be_made_leaves_no_instance(site: Site, on_failure: str) -> None:
+    backends = Backends({ImagesType.QCOW2: Refusing(QemuImg())})
+    with pytest.raises(InsufficientFreeSpace):
+        site.run(replace(site.host, backends=backends), on_failure=on_failure)
+    assert site.kit.instances.all() == []
+    assert not site.kit.instances.directory_of(site.uuid).exists()

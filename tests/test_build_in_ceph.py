@@ -13,7 +13,8 @@ from agent.build import Build
 from agent.cancellation import Cancellation
 from agent.ceph import Cluster
 from agent.errors import AgentStopping, Cancelled, InvalidJob
-from agent.instances import Instances
+from agent.files import Together
+from agent.instances import InstanceRecord, Instances
 from agent.job import ImagesType
 from agent.recorder import Recorder
 from agent.removal import remove_instance
@@ -137,10 +138,12 @@ def test_stop_of_the_agent_ends_an_undo_that_waits_and_the_next_run_ends_it(
 
 
 class Cut(Instances):
-    """The power fails before a record is durable."""
+    """The agent is killed as soon as a record has its name."""
 
-    def settle(self, _uuid: str) -> None:
-        raise AgentStopping("the power is gone")
+    def add(self, record: InstanceRecord, together: Together) -> None:
+        super().add(record, together)
+        together.publish()
+        raise AgentStopping("it is dead")
 
 
 class Watched(Instances):
@@ -171,3 +174,10 @@ def test_record_is_durable_before_there_is_a_disk_elsewhere_also_in_the_next_run
 
     assert instances.at_settle[0] == set()
     assert set(ceph.pools["vms"]) == {f"{site.uuid}_disk"}
+
+
+def test_record_is_there_before_the_first_disk_elsewhere(site: Site, ceph: FakeCeph) -> None:
+    found: list[InstanceRecord | None] = []
+    ceph.before["create"] = lambda: found.append(Instances(site.kit.directory).get(site.uuid))
+    site.run(action="prepare", images_type="rbd")
+    assert found == [site.kit.instances.get(site.uuid)]

@@ -45,6 +45,82 @@ def test_write_durably_replaces_the_whole_file_with_the_mode_asked_for(tmp_path:
     assert leftovers(tmp_path) == []
 
 
+def test_files_get_their_names_in_turn_when_all_are_written(tmp_path: Path) -> None:
+    directory = tmp_path / "new"
+    seen: list[list[str]] = []
+
+    def look() -> None:
+        seen.append(sorted(path.name for path in directory.glob("[!.]*")))
+
+    with files.Together() as together:
+        together.directory(directory, mode=0o711)
+        for name in ("record", "disk"):
+            with together.file(
+                directory / name, needed=1, what="writing", mode=0o600, named=look
+            ) as fd:
+                os.write(fd, name.encode())
+            look()
+        together.publish()
+
+    assert seen == [[], [], ["record"], ["disk", "record"]]
+    assert [(directory / name).read_bytes() for name in ("record", "disk")] == [b"record", b"disk"]
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o711
+    assert stat.S_IMODE((directory / "disk").stat().st_mode) == 0o600
+    assert leftovers(directory) == []
+
+
+def test_files_of_which_one_fails_are_none(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_bytes(b"old")
+
+    def fail_at_the_second() -> None:
+        with files.Together() as together:
+            together.directory(tmp_path / "new", mode=0o711)
+            with together.file(old, needed=1, what="writing") as fd:
+                os.write(fd, b"new")
+            with together.file(tmp_path / "new/disk", needed=1, what="writing") as fd:
+                raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail_at_the_second()
+    assert old.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_files_that_cannot_be_made_durable_get_no_names(tmp_path: Path) -> None:
+    def fail_to_flush() -> None:
+        with files.Together() as together:
+            with together.file(tmp_path / "first", needed=1, what="writing"):
+                pass
+            with together.file(tmp_path / "second", needed=1, what="writing") as fd:
+                # What cannot be flushed: a pipe in the file's place.
+                reader, writer = os.pipe()
+                os.dup2(writer, fd)
+                os.close(reader)
+                os.close(writer)
+            together.publish()
+
+    with pytest.raises(OSError, match="Invalid argument"):
+        fail_to_flush()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_published_stays_whatever_comes_after(tmp_path: Path) -> None:
+    def fail_later() -> None:
+        with files.Together() as together:
+            together.directory(tmp_path / "new", mode=0o711)
+            with together.file(tmp_path / "new/record", needed=1, what="writing"):
+                pass
+            together.publish()
+            with together.file(tmp_path / "new/disk", needed=1, what="writing"):
+                pass
+            raise RuntimeError("later")
+
+    with pytest.raises(RuntimeError, match="later"):
+        fail_later()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["record"]
+
+
 def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "manifest"
     target.write_bytes(b"old")

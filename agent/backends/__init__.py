@@ -5,12 +5,13 @@ are put together. It passes the suite of `tests/backend_contract.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from agent.base import Base
 from agent.cancellation import Cancellation
 from agent.disk import Disk, DiskType, Home, RbdAccess
 from agent.errors import BackendError, InvalidJob
+from agent.files import Together
 from agent.image import Image
 from agent.job import ImagesType
 from agent.report import Role
@@ -101,6 +102,17 @@ class Backend(Protocol):
         Raises:
             BackendError: it cannot be found out.
         """
+        ...
+
+
+@runtime_checkable
+class OverlayBackend(Backend, Protocol):
+    """A backend whose disks of a base are one small file each."""
+
+    def overlay(
+        self, disk: Disk, base: Base, together: Together, cancellation: Cancellation
+    ) -> None:
+        """Make a disk as `prepare` does; it is there, and durable, when `together` is published."""
         ...
 
 

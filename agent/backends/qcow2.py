@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from agent import qcow2
+from agent import files, qcow2
 from agent.backends import Write, disk_file
 from agent.backends.flat import Flat
 from agent.base import Base
@@ -52,6 +52,13 @@ class Qcow2:
         )
 
     def prepare(self, disk: Disk, base: Base, cancellation: Cancellation) -> None:
+        with files.reporting("creating the overlay", disk.path), files.Together() as together:
+            self.overlay(disk, base, together, cancellation)
+            together.publish()
+
+    def overlay(
+        self, disk: Disk, base: Base, together: files.Together, cancellation: Cancellation
+    ) -> None:
         cancellation.check()
         if not disk_file.exists(disk):
             try:
@@ -61,11 +68,13 @@ class Qcow2:
                     backing_file=base.path,
                     backing_format=base.format,
                     geometry=self._geometry,
+                    together=together,
                 )
             except (ValueError, OSError) as e:
                 raise BackendError(f"creating the overlay {disk.path}: {e}") from e
-        # Also for one that exists: a crash may have come between the two.
         if self._preallocate:
+            # By its name. Also one that exists: a crash may have come between the two.
+            together.publish()
             disk_file.preallocate(disk)
 
     def generate(self, disk: Disk, write: Write, cancellation: Cancellation) -> None:
