@@ -1,6 +1,7 @@
 """The life of the agent, from the first system call to the last."""
 
 import enum
+import gc
 import logging
 import queue
 import signal
@@ -43,6 +44,9 @@ def run(settings: Settings, reload: Callable[[], None]) -> int:
         parts.start()
         # Only now do all threads exist that might have kept something.
         privileges.verify()
+        # What is there by now stays: no collection has to look at it again.
+        gc.collect()
+        gc.freeze()
         systemd.ready(parts.summary())
         LOG.info("ready, serving on %s", settings.api.socket)
         return _attend(parts, wishes, reload)

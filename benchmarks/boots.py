@@ -6,6 +6,7 @@ job is parsed, accepted and journaled, its disk made, the domain's XML written (
 python -m benchmarks.boots DIRECTORY IMAGES_TYPE WORKERS JOBS
 """
 
+import gc
 import json
 import sys
 import threading
@@ -158,6 +159,9 @@ def host(directory: Path, images_type: ImagesType) -> Host:
 def main(directory: Path, images_type: ImagesType, workers: int, jobs: int) -> None:
     boots = Boots(directory, images_type, workers)
     boots.run(UNCOUNTED)
+    # As `agent.main` does when it is ready.
+    gc.collect()
+    gc.freeze()
     print("ready", flush=True)
     sys.stdin.readline()
     seconds = boots.run(jobs)
