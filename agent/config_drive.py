@@ -8,6 +8,7 @@ Two layouts, after cloud-init's data sources:
 and two file systems: ISO 9660, and FAT for guests that have no driver for that.
 """
 
+import functools
 import io
 import json
 import os
@@ -61,20 +62,23 @@ class ConfigDrive:
         Without any there is no network document: to cloud-init an empty one
         means to configure nothing, a missing one to try DHCP on whatever there is.
         """
-        self._label = _LABELS[datasource]
+        self._datasource = datasource
         self._uuid = instance_uuid
         self._name = name
         self._metadata = dict(metadata)
         self._user_data = user_data
         self._networks = networks
-        match datasource:
-            case Datasource.OPENSTACK:
-                self.files = self._openstack()
-            case Datasource.NOCLOUD:
-                self.files = self._nocloud()
-            case _:
-                assert_never(datasource)
+
+    @functools.cached_property
+    def files(self) -> Mapping[str, bytes]:
         """The content of each file, by its path."""
+        match self._datasource:
+            case Datasource.OPENSTACK:
+                return self._openstack()
+            case Datasource.NOCLOUD:
+                return self._nocloud()
+            case _:
+                assert_never(self._datasource)
 
     def _openstack(self) -> dict[str, bytes]:
         documents: dict[str, object] = {
@@ -144,7 +148,9 @@ class ConfigDrive:
         # Level 3 allows names longer than 8.3; Linux reads the Rock Ridge names,
         # Windows the Joliet ones.
         iso = pycdlib.PyCdlib()
-        iso.new(interchange_level=3, vol_ident=self._label, rock_ridge="1.09", joliet=3)
+        iso.new(
+            interchange_level=3, vol_ident=_LABELS[self._datasource], rock_ridge="1.09", joliet=3
+        )
         for directory in _directories(self.files):
             iso.add_directory(
                 f"/{directory}".upper(), rr_name=directory.name, joliet_path=f"/{directory}"
@@ -172,7 +178,7 @@ class ConfigDrive:
                 target.write_bytes(data)
             tops = sorted({Path(name, PurePosixPath(path).parts[0]) for path in self.files})
             commands: tuple[list[str | Path], ...] = (
-                ["mkfs.vfat", "-n", self._label, "-i", volume, image],
+                ["mkfs.vfat", "-n", _LABELS[self._datasource], "-i", volume, image],
                 ["mcopy", "-s", "-i", image, *tops, "::/"],
             )
             for argv in commands:

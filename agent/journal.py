@@ -369,11 +369,13 @@ class JournalUnusable(Exception):
 
 
 def digest_of(request: JobRequest) -> str:
-    """Return what decides whether two requests have the same body.
+    """Return what decides whether two requests have the same body; nothing if they have no key.
 
     The key and the request id are the envelope, not the body: a client that
     tries again with a new request id means the same job.
     """
+    if request.idempotency_key is None:
+        return ""
     body = request.model_dump(mode="json", exclude={"idempotency_key", "request_id"})
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
