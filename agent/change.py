@@ -89,6 +89,29 @@ class Change:
             )
         return state
 
+    def require_own_disks(self, record: InstanceRecord) -> None:
+        """Return if each disk of the instance that its domain has is the one the record tells of.
+
+        What is defined anew has those of the record. To start it without what a snapshot has
+        taken since would lose that, and spoil what stands on them.
+
+        Raises:
+            InvalidJob: something else is in the place of one.
+        """
+        hypervisor = self.host.hypervisor
+        for live in (False, True) if is_running(hypervisor.state(self.uuid)) else (False,):
+            found = domain_facts.sources_by_device(hypervisor.xml(self.uuid, live=live))
+            for disk in record.disks:
+                source = found.get(disk.device_name or "", str(disk.path))
+                if source != str(disk.path):
+                    raise InvalidJob(
+                        f"disk {disk.device_name} of instance {record.name} is {source} in its "
+                        f"domain, not {disk.path}: somebody has made a snapshot, or moved it",
+                        # Without --shallow it would be written to the base in the cache.
+                        "bring it back first; after a snapshot, while the guest runs: virsh "
+                        f"blockcommit {record.name} {disk.device_name} --shallow --active --pivot",
+                    )
+
     def require_settled(self, record: InstanceRecord) -> None:
         """Raises: InvalidJob: the instance is in the middle of another change."""
         if record.rescue is not None:

@@ -13,14 +13,24 @@ def devices_of(xml: str) -> set[str]:
     return {name for target in targets if (name := target.get("dev")) is not None}
 
 
-def sources_of(xml: str) -> set[str]:
-    """Return where the disks of a domain are: paths, or `pool/image` in a cluster."""
+def sources_by_device(xml: str) -> dict[str, str]:
+    """Return where the disks of a domain are by their names: paths, or `pool/image` in a cluster.
+
+    Drives without a medium are not among them.
+    """
     return {
-        found
-        for source in etree.fromstring(xml.encode()).iterfind("devices/disk/source")
+        target.get("dev", ""): found
+        for disk in etree.fromstring(xml.encode()).iterfind("devices/disk")
+        if (source := disk.find("source")) is not None
+        and (target := disk.find("target")) is not None
         for attribute in ("file", "dev", "name")
         if (found := source.get(attribute)) is not None
     }
+
+
+def sources_of(xml: str) -> set[str]:
+    """Return where the disks of a domain are."""
+    return set(sources_by_device(xml).values())
 
 
 def kernel_of(xml: str) -> Path | None:

@@ -247,6 +247,13 @@ class Hypervisor:
             lambda connection: connection.lookupByUUIDString(uuid).XMLDesc(flags),
         )
 
+    def disk_size(self, uuid: str, device_name: str) -> int:
+        """Return the bytes of a disk as the guest of a running domain sees it."""
+        return self._look(
+            f"asking for the size of disk {device_name} of domain {uuid} at",
+            lambda connection: connection.lookupByUUIDString(uuid).blockInfo(device_name)[0],
+        )
+
     def resize_disk(self, uuid: str, device_name: str, virtual_size: int) -> None:
         """Make a disk of a running domain as large as that many bytes; its guest is told."""
 

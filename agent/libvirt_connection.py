@@ -39,6 +39,7 @@ class Domain(Protocol):
     def hasManagedSaveImage(self, flags: int) -> int: ...  # noqa: N802
     def managedSaveRemove(self, flags: int) -> int: ...  # noqa: N802
     def XMLDesc(self, flags: int) -> str: ...  # noqa: N802
+    def blockInfo(self, path: str) -> list[int]: ...  # noqa: N802
     def blockResize(self, disk: str, size: int, flags: int) -> int: ...  # noqa: N802
     def autostart(self) -> int: ...
     def setAutostart(self, autostart: int) -> int: ...  # noqa: N802

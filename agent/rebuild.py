@@ -157,6 +157,7 @@ def _require_possible(change: Change, record: InstanceRecord, image: Image) -> N
     hardware = on_host(image.properties, change.host.hypervisor)
     if change.state(record) is None:
         return
+    change.require_own_disks(record)
     present = domain_facts.size_of(change.host.hypervisor.xml(change.uuid))
     if hardware.topology is not None:
         hardware.topology.fit(present.vcpus)
@@ -215,6 +216,8 @@ def _planned(
     hypervisor = change.host.hypervisor
     hardware = on_host(base.image.properties, hypervisor)
     state = change.state(record)
+    if state is not None:
+        change.require_own_disks(record)
     return Rebuild(
         job_id=change.job_id,
         origin=origin,

@@ -84,7 +84,7 @@ def unrescue(
     """Do an unrescue job, and record the result.
 
     Raises:
-        InvalidJob: the instance is not being rescued.
+        InvalidJob: the instance is not being rescued, or runs on other disks than its own.
         BackendError, HypervisorError: it still is; doing it again goes on.
     """
     change = Change(host, request, recorder, cancellation)
@@ -96,6 +96,8 @@ def unrescue(
                 f"instance {record.name} is not being rescued",
                 f"bootwright instance rescue {record.name} begins that",
             )
+        if record.rescue is not None and change.state(record) is not None:
+            change.require_own_disks(record)
         _end(change, cancellation)
         state = change.note_domain()
     recorder.finish(
@@ -109,10 +111,12 @@ def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> 
     images, origin = _images(change.request, record, acquisition)
     if record.rescue is None:
         # Before a long fetch rather than after it.
+        change.require_own_disks(record)
         _place(record, images[Role.ROOT], host.hypervisor.xml(change.uuid))
     bases = acquisition.acquire(images, images_type=record.images_type, max_virtual_size=None)
     recorder.phase(TaskState.RESCUING)
     if record.rescue is None:
+        change.require_own_disks(record)
         xml = host.hypervisor.xml(change.uuid)
         record = change.save(
             replace(

@@ -39,6 +39,8 @@ def resize(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
         record = held
         change.require_settled(record)
         state = change.state(record)
+        if state is not None:
+            change.require_own_disks(record)
         # What it cannot be is told before the disk has grown for it.
         size = _size(record, request.flavor)
         disk = _grown(change, record, request.flavor, running=is_running(state))
@@ -75,6 +77,11 @@ def _size(record: InstanceRecord, flavor: Flavor) -> Size:
 
 def _grown(change: Change, record: InstanceRecord, flavor: Flavor, *, running: bool) -> Disk:
     root = record.root
+    hypervisor = change.host.hypervisor
+    if running:
+        # Somebody may have grown it with other tools, and QEMU would cut it.
+        size = hypervisor.disk_size(change.uuid, str(root.device_name))
+        root = replace(root, virtual_size=max(size, root.virtual_size))
     wanted = flavor.disk * GIB or root.virtual_size
     if wanted < root.virtual_size:
         raise InvalidJob(
@@ -101,5 +108,5 @@ def _grown(change: Change, record: InstanceRecord, flavor: Flavor, *, running: b
         return backend.grow(root, wanted)
     # A file or an image in a cluster is grown by QEMU itself, a device under it is not.
     grown = backend.grow(root, wanted) if root.type is DiskType.BLOCK else root
-    change.host.hypervisor.resize_disk(change.uuid, str(root.device_name), wanted)
+    hypervisor.resize_disk(change.uuid, str(root.device_name), wanted)
     return replace(grown, virtual_size=wanted)

@@ -80,6 +80,8 @@ def test_a_running_guest_sees_its_disk_grow_at_once_and_the_rest_at_its_next_sta
     boot(agent, images.root)
     assert ready(agent).disks == {"vda": GIB}
 
+    libvirtd.virsh("blockresize", NAME, "vda", "2G")  # of which the agent knows nothing
+    assert "would shrink" in agent.run("instance", "resize", NAME, "--flavor", "2x256x1").stderr
     result = agent.json("instance", "resize", NAME, "--flavor", "2x256x3")
 
     assert (result["action"], result["status"]) == ("resize", "DONE")
@@ -96,6 +98,14 @@ def test_a_running_guest_sees_its_disk_grow_at_once_and_the_rest_at_its_next_sta
     assert again.filesystem > 3.7 * GIB
     assert domain(libvirtd).findtext("vcpu") == "2"
     assert domain(libvirtd).findtext("memory") == str(256 * 1024)
+    # What it runs on then is not the disk it had, and no change may lose what it writes there.
+    libvirtd.virsh("snapshot-create-as", NAME, "--disk-only", "--no-metadata", "--name", "one")
+    xml = libvirtd.virsh("dumpxml", NAME, "--inactive")
+    for change in (["resize", NAME, "--flavor", "1x192x0"], ["rescue", NAME]):
+        assert "somebody has made a snapshot" in agent.run("instance", *change).stderr
+    assert libvirtd.virsh("dumpxml", NAME, "--inactive") == xml
+    libvirtd.virsh("blockcommit", NAME, "vda", "--shallow", "--active", "--pivot", "--wait")
+    agent.json("instance", "resize", NAME, "--flavor", "1x192x0")
 
 
 @pytest.fixture

@@ -1,14 +1,18 @@
 """Resizing an instance."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 from lxml import etree
 
 from agent.cancellation import Cancellation
 from agent.errors import ImageUnacceptable, InvalidJob
+from agent.hypervisor import Hypervisor
+from agent.rebuild import rebuild
+from agent.rescue import rescue
 from agent.resize import resize
-from tests.change_kit import accepted, record
+from tests.change_kit import accepted, record, second_image
 from tests.site_kit import Site, site
 
 __all__ = ["site"]
@@ -23,7 +27,47 @@ def test_resize_never_shrinks(site: Site) -> None:
     assert record(site).root.virtual_size == 2 << 30
 
 
-def test_ploop_image_is_not_grown_under_a_guest(site: Site) -> None:
+class Growing(Hypervisor):
+    """libvirt's test driver grows no disk, and says of each that it has a TiB."""
+
+    size = 1 << 30
+
+    def disk_size(self, _uuid: str, _device_name: str) -> int:
+        return self.size
+
+    def resize_disk(self, _uuid: str, _device_name: str, virtual_size: int) -> None:
+        self.size = virtual_size
+
+
+@pytest.fixture
+def growing() -> Iterator[Growing]:
+    hypervisor = Growing("test:///default", virt_type="test")
+    yield hypervisor
+    hypervisor.close()
+
+
+def test_disk_that_somebody_else_has_grown_is_not_cut_under_its_guest(
+    site: Site, growing: Growing
+) -> None:
+    site.run()
+    growing.size = 5 << 30  # as by 'virsh blockresize', or by a job that a crash cut off
+    host = dataclasses.replace(site.host, hypervisor=growing)
+
+    for disk in (1, 3):
+        flavor = {"vcpus": 1, "ram": 64, "disk": disk}
+        request, recorder = accepted(site, "resize", flavor=flavor)
+        with pytest.raises(InvalidJob, match=f"has {5 << 30} bytes and would shrink"):
+            resize(host, request, recorder, Cancellation())
+    assert growing.size == 5 << 30
+
+    for disk, size in ((0, 5), (6, 6)):
+        flavor = {"vcpus": 1, "ram": 64, "disk": disk}
+        request, recorder = accepted(site, "resize", flavor=flavor)
+        resize(host, request, recorder, Cancellation())
+        assert (growing.size, record(site).root.virtual_size) == (size << 30, size << 30)
+
+
+def test_ploop_image_is_not_grown_under_a_guest(site: Site, growing: Growing) -> None:
     site.run()
     known = record(site)
     root = dataclasses.replace(known.root, format="ploop")
@@ -31,7 +75,9 @@ def test_ploop_image_is_not_grown_under_a_guest(site: Site) -> None:
     flavor = {"vcpus": 1, "ram": 64, "disk": 2}
     request, recorder = accepted(site, "resize", flavor=flavor)
     with pytest.raises(InvalidJob, match="cannot grow the ploop image"):
-        resize(site.host, request, recorder, Cancellation())
+        resize(
+            dataclasses.replace(site.host, hypervisor=growing), request, recorder, Cancellation()
+        )
 
 
 def resized(site: Site, *, vcpus: int, disk: int = 0) -> etree._Element:
@@ -89,3 +135,32 @@ def test_what_a_domains_owner_has_said_of_its_processors_outlives_a_resize(site:
 
     assert resized(site, vcpus=2, disk=2).xpath("vcpu/@cpuset") == ["0"]
     assert resized(site, vcpus=3).xpath("vcpu[.='3']/@cpuset") == ["0"]
+
+
+@pytest.mark.parametrize("action", ["resize", "rescue", "rebuild"])
+def test_instance_that_runs_on_a_snapshot_is_not_put_back_before_it(
+    site: Site, growing: Growing, action: str
+) -> None:
+    booted(site)
+    # As 'virsh snapshot-create-as --disk-only' leaves it.
+    xml = site.hypervisor.xml(site.uuid)
+    site.hypervisor.define(xml.replace("/disk'", "/disk.before-upgrade'"))
+    before = site.hypervisor.xml(site.uuid), record(site)
+    assert "disk.before-upgrade" in before[0]
+    run = {"resize": resize, "rescue": rescue, "rebuild": rebuild}[action]
+    wanted: dict[str, dict[str, object]] = {
+        "resize": {"flavor": {"vcpus": 1, "ram": 64, "disk": 0}},
+        "rescue": {},
+        "rebuild": {"image": {"id": second_image(site)}},
+    }
+    host = dataclasses.replace(site.host, hypervisor=growing)
+
+    for started in (False, True):
+        if started:
+            site.hypervisor.start(site.uuid)
+        request, recorder = accepted(site, action, **wanted[action])
+        with pytest.raises(InvalidJob, match=r"disk vda .* is .*before-upgrade in its domain"):
+            run(host, request, recorder, Cancellation())
+
+    assert (site.hypervisor.xml(site.uuid), record(site)) == before
+    assert [opened for opened, _ in site.kit.source.opened].count("another") == 0
