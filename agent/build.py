@@ -148,8 +148,9 @@ class Build:
             record = self._record(bases, hardware, layout, together)
             self._recorder.note(disks=tuple(disk.report() for disk in record.disks))
             layout.prepare(record.disks, bases, together, self._cancellation)
+            # Meanwhile the system writes what the files have got.
+            xml = self._domain_xml(record, hardware, networks)
             together.publish()
-        xml = self._domain_xml(record, hardware, networks)
         self._spawn(xml)
 
     def _has_run(self) -> bool:

@@ -195,6 +195,9 @@ class Together:
             try:
                 os.fchmod(fd, mode)
                 yield fd
+                # Linux begins to write now what is dirty. When all are written, one commit
+                # of the file system's journal will do for them.
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             except BaseException:
                 os.close(fd)
                 aside.unlink(missing_ok=True)
@@ -209,10 +212,6 @@ class Together:
         Raises:
             InsufficientFreeSpace, OSError: something is not durable, or not there.
         """
-        if len(self._files) > 1:
-            # Linux begins to write what is dirty, so that the first flush commits all of them.
-            for one in self._files:
-                os.posix_fadvise(one.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         for one in self._files:
             with reporting_no_space(one.target, one.needed, one.what):
                 os.fsync(one.fd)
