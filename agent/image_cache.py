@@ -30,16 +30,13 @@ from agent.errors import (
 )
 from agent.flight import Flight, Seat
 from agent.image import Image
-from agent.intake.plain import Converter
 from agent.manifest import base_name
 from agent.proof import Demand
 from agent.report import Progress
 from agent.signatures import Signatures
-from agent.space import Space
 from agent.store import Store
 from agent.transfer import ImageSource, RetryPolicy
 from agent.usage import Usage
-from agent.verification import Verifier
 from agent.views import Fetch
 
 LOG = logging.getLogger(__name__)
@@ -52,39 +49,18 @@ class ImageCache:
         self,
         store: Store,
         usage: Usage,
-        space: Space,
-        verifier: Verifier,
+        maker: BaseMaker,
         *,
         source: ImageSource,
         signatures: Signatures,
-        converter: Converter,
         policy: RetryPolicy,
-        require_hash: bool,
-        verify_before_use: bool,
-        vmdk_types: Sequence[str],
-        max_concurrent_fetches: int,
-        max_connections_per_image: int,
     ) -> None:
         self._store = store
         self._usage = usage
+        self._maker = maker
         self._source = source
         self._signatures = signatures
         self._policy = policy
-        self._maker = BaseMaker(
-            store,
-            usage,
-            space,
-            verifier,
-            source=source,
-            signatures=signatures,
-            converter=converter,
-            policy=policy,
-            require_hash=require_hash,
-            verify_before_use=verify_before_use,
-            vmdk_types=vmdk_types,
-            max_concurrent_fetches=max_concurrent_fetches,
-            max_connections_per_image=max_connections_per_image,
-        )
         self._lock = threading.Lock()
         self._flights: dict[tuple[str, Demand | None], Flight] = {}
         self._closing = False

@@ -5,6 +5,7 @@ import time
 
 from agent import disk_backends, image_source, metrics, privileges, systemd
 from agent.api import create_app, create_metrics_app
+from agent.base_maker import BaseMaker
 from agent.cancellation import Cancellation
 from agent.disk import DiskType
 from agent.errors import AgentStopping, BackendError
@@ -64,7 +65,15 @@ class Parts:
         self.usage = Usage(self.store, self.instances, host_id=cache.host_id)
         pruner = Pruner(self.store, self.usage, _prune_policy(cache))
         verifier = Verifier(self.store, self.usage)
-        self.image_cache = ImageCache(
+        policy = _policy(settings)
+        signatures = Signatures(
+            image_source.certificates(settings.images),
+            verify=settings.images.signatures.verify,
+            validate=settings.images.signatures.validate,
+            trusted=settings.images.signatures.trusted,
+            policy=policy,
+        )
+        maker = BaseMaker(
             self.store,
             self.usage,
             Space(
@@ -75,15 +84,9 @@ class Parts:
             ),
             verifier,
             source=source,
-            signatures=Signatures(
-                image_source.certificates(settings.images),
-                verify=settings.images.signatures.verify,
-                validate=settings.images.signatures.validate,
-                trusted=settings.images.signatures.trusted,
-                policy=_policy(settings),
-            ),
+            signatures=signatures,
             converter=qemu_img,
-            policy=_policy(settings),
+            policy=policy,
             require_hash=cache.require_hash,
             verify_before_use=cache.verify_before_use,
             vmdk_types=settings.images.vmdk_types,
@@ -91,6 +94,9 @@ class Parts:
             max_connections_per_image=(
                 settings.images.glance.max_connections_per_image if settings.images.glance else 1
             ),
+        )
+        self.image_cache = ImageCache(
+            self.store, self.usage, maker, source=source, signatures=signatures, policy=policy
         )
         self.scrub = (
             None

@@ -17,6 +17,7 @@ from pathlib import Path
 from agent.backends import Backends
 from agent.backends.flat import Flat
 from agent.backends.qcow2 import Qcow2
+from agent.base_maker import BaseMaker
 from agent.cancellation import Cancellation
 from agent.certificates import CertificateDirectory
 from agent.directory import DirectorySource
@@ -116,27 +117,28 @@ def host(directory: Path, images_type: ImagesType) -> Host:
     store = Store(instances_path / "_base")
     usage = Usage(store, instances, host_id="benchmark")
     qemu_img = QemuImg()
+    source, policy = DirectorySource(directory / "images"), RetryPolicy()
+    signatures = Signatures(
+        CertificateDirectory(directory), verify=False, validate=False, trusted=(), policy=policy
+    )
+    maker = BaseMaker(
+        store,
+        usage,
+        Space(store, reserved_free_space=0, max_size=None, make_room=lambda _: None),
+        Verifier(store, usage),
+        source=source,
+        signatures=signatures,
+        converter=qemu_img,
+        policy=policy,
+        require_hash=True,
+        verify_before_use=False,
+        vmdk_types=(),
+        max_concurrent_fetches=1,
+        max_connections_per_image=1,
+    )
     return Host(
         image_cache=ImageCache(
-            store,
-            usage,
-            Space(store, reserved_free_space=0, max_size=None, make_room=lambda _: None),
-            Verifier(store, usage),
-            source=DirectorySource(directory / "images"),
-            signatures=Signatures(
-                CertificateDirectory(directory),
-                verify=False,
-                validate=False,
-                trusted=(),
-                policy=RetryPolicy(),
-            ),
-            converter=qemu_img,
-            policy=RetryPolicy(),
-            require_hash=True,
-            verify_before_use=False,
-            vmdk_types=(),
-            max_concurrent_fetches=1,
-            max_connections_per_image=1,
+            store, usage, maker, source=source, signatures=signatures, policy=policy
         ),
         backends=Backends({ImagesType.QCOW2: Qcow2(qemu_img), ImagesType.RAW: Flat()}),
         instances=instances,

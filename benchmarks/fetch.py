@@ -13,6 +13,7 @@ from pathlib import Path
 from keystoneauth1.noauth import NoAuth
 from keystoneauth1.session import Session
 
+from agent.base_maker import BaseMaker
 from agent.cancellation import Cancellation
 from agent.certificates import CertificateDirectory
 from agent.glance import GlanceSource
@@ -30,27 +31,27 @@ from agent.verification import Verifier
 def main(url: str, image_id: str, directory: Path, max_connections: int = 4) -> None:
     store = Store(directory / "_base")
     usage = Usage(store, Instances(directory), host_id="benchmark")
-    cache = ImageCache(
+    source = GlanceSource(Session(auth=NoAuth(), timeout=30), endpoints=[url])
+    policy = RetryPolicy()
+    signatures = Signatures(
+        CertificateDirectory(directory), verify=False, validate=False, trusted=(), policy=policy
+    )
+    maker = BaseMaker(
         store,
         usage,
         Space(store, reserved_free_space=0, max_size=None, make_room=lambda _: None),
         Verifier(store, usage),
-        source=GlanceSource(Session(auth=NoAuth(), timeout=30), endpoints=[url]),
-        signatures=Signatures(
-            CertificateDirectory(directory),
-            verify=False,
-            validate=False,
-            trusted=(),
-            policy=RetryPolicy(),
-        ),
+        source=source,
+        signatures=signatures,
         converter=QemuImg(),
-        policy=RetryPolicy(),
+        policy=policy,
         require_hash=True,
         verify_before_use=False,
         vmdk_types=(),
         max_concurrent_fetches=1,
         max_connections_per_image=max_connections,
     )
+    cache = ImageCache(store, usage, maker, source=source, signatures=signatures, policy=policy)
     # Whoever asks Glance for the first time fetches its schemas, once.
     cache.resolve(image_id, Cancellation())
     print("ready", flush=True)

@@ -13,6 +13,7 @@ import pytest
 
 from agent import manifest as manifests
 from agent.base import Base
+from agent.base_maker import BaseMaker
 from agent.cancellation import Cancellation
 from agent.disk import Disk
 from agent.errors import ImageNotFound, ImageSourceUnavailable
@@ -145,7 +146,8 @@ class CacheKit:
             max_size=self.policy.max_size,
             make_room=self.pruner.make_room,
         )
-        self.cache = ImageCache(
+        policy = RetryPolicy(num_retries=1, initial_s=0.01, max_s=0.01)
+        maker = BaseMaker(
             self.store,
             self.usage,
             self.space,
@@ -153,12 +155,20 @@ class CacheKit:
             source=self.source,
             signatures=self.signatures,
             converter=QemuImg(),
-            policy=RetryPolicy(num_retries=1, initial_s=0.01, max_s=0.01),
+            policy=policy,
             require_hash=self.require_hash,
             verify_before_use=self.verify_before_use,
             vmdk_types=VMDK_TYPES,
             max_concurrent_fetches=4,
             max_connections_per_image=1,
+        )
+        self.cache = ImageCache(
+            self.store,
+            self.usage,
+            maker,
+            source=self.source,
+            signatures=self.signatures,
+            policy=policy,
         )
 
     def acquire(
