@@ -13,6 +13,7 @@ import pytest
 from functional.harness import glance as glances
 from functional.harness import guest as guests
 from functional.harness.agent import Agent, Options
+from functional.harness.fault_proxy import FaultProxy
 from functional.harness.glance import Glance
 from functional.harness.guest import Guest
 from functional.harness.libvirtd import PrivateLibvirtd
@@ -59,6 +60,13 @@ def libvirtd(work: Path) -> Iterator[PrivateLibvirtd]:
 def glance(work: Path) -> Iterator[Glance]:
     with Glance(glances.install(CACHE / "openstack"), work / "glance") as glance:
         yield glance
+
+
+@pytest.fixture(scope="module")
+def proxy(glance: Glance) -> Iterator[FaultProxy]:
+    """The same Glance, as long as no test gives it a fault."""
+    with FaultProxy(glance.url) as proxy:
+        yield proxy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -12,19 +11,11 @@ import pytest
 from functional.conftest import Images
 from functional.harness.agent import Agent
 from functional.harness.fault_proxy import Fault, FaultProxy
-from functional.harness.glance import Glance
 from functional.harness.libvirtd import PrivateLibvirtd
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 SLOW: Final = Fault(rate=1.0 * MIB)
-WAIT_S: Final = 30.0
-
-
-@pytest.fixture(scope="module")
-def proxy(glance: Glance) -> Iterator[FaultProxy]:
-    with FaultProxy(glance.url) as proxy:
-        yield proxy
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +72,3 @@ def curl(agent: Agent, path: str, *arguments: str) -> tuple[int, str]:
     )
     body, _, status = done.stdout.rpartition("\n")
     return int(status), body
-
-
-def _until(condition: Any) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

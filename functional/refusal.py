@@ -10,18 +10,11 @@ import pytest
 
 from functional.harness.agent import Agent
 from functional.harness.fault_proxy import Fault, FaultProxy
-from functional.harness.glance import Glance
 from functional.harness.leftovers import Leftovers
 from functional.harness.libvirtd import PrivateLibvirtd
 
 MIB: Final = 1 << 20
 NO_IMAGE: Final = "fd0cb2f1-8375-44c9-b1f4-3e1f4c4a8ef0"
-
-
-@pytest.fixture(scope="module")
-def proxy(glance: Glance) -> Iterator[FaultProxy]:
-    with FaultProxy(glance.url) as proxy:
-        yield proxy
 
 
 @pytest.fixture(scope="module")

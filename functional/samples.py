@@ -14,7 +14,6 @@ from functional.harness.glance import Glance
 
 MIB: Final = 1 << 20
 WEEK_S: Final = 7 * 86400.0
-WAIT_S: Final = 30.0
 GOES_AT_ONCE: Final = {"remove_unused_original_minimum_age_seconds": 0, "manager_interval": 0}
 """A base nobody needs goes, but only when somebody asks."""
 
@@ -92,10 +91,3 @@ def refused(agent: Agent, *arguments: str) -> str:
     done = agent.run(*arguments)
     assert done.returncode == 1, (done.stdout, done.stderr)
     return done.stderr
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.05)

@@ -18,9 +18,9 @@ from functional.harness.glance import Glance
 from functional.harness.guest import Guest
 from functional.harness.leftovers import Leftovers
 from functional.harness.libvirtd import PrivateLibvirtd
-from functional.refusal import MIB, NO_IMAGE, _nothing_left, add, agent, job, local, proxy, refused
+from functional.refusal import MIB, NO_IMAGE, _nothing_left, add, agent, job, local, refused
 
-__all__ = ["_nothing_left", "agent", "local", "proxy"]
+__all__ = ["_nothing_left", "agent", "local"]
 
 # The image's record
 

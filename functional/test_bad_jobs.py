@@ -8,9 +8,9 @@ from typing import Final
 import pytest
 
 from functional.harness.agent import Agent
-from functional.refusal import _nothing_left, agent, proxy
+from functional.refusal import _nothing_left, agent
 
-__all__ = ["_nothing_left", "agent", "proxy"]
+__all__ = ["_nothing_left", "agent"]
 
 # The job file
 

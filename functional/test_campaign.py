@@ -89,12 +89,6 @@ def scenarios(work: Path, glance: Glance, images: Images) -> dict[str, Scenario]
 
 
 @pytest.fixture(scope="module")
-def proxy(glance: Glance) -> Iterator[FaultProxy]:
-    with FaultProxy(glance.url) as proxy:
-        yield proxy
-
-
-@pytest.fixture(scope="module")
 def options(proxy: FaultProxy, libvirtd: PrivateLibvirtd) -> Options:
     patience = {"stall_timeout": 1, "num_retries": 10}
     return {

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from functional.harness.console import Seen, wait_ready
 from functional.harness.glance import Glance
 from functional.harness.guest import CONSOLE_PREFIX, Guest, Variant
 from functional.harness.libvirtd import PrivateLibvirtd
+from functional.harness.waiting import until
 
 GIB = 1 << 30
 NAME = "web-1"
@@ -190,10 +190,7 @@ def test_an_agent_that_is_killed_in_a_rescue_goes_on_with_it(
     with libvirtd.frozen("virtlogd"):
         document = ("instance", "rescue", NAME, "--image", rescue_image, "--no-wait")
         job_id = agent.json(*document)["id"]
-        deadline = time.monotonic() + 30
-        while not libvirtd.is_starting(NAME):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: libvirtd.is_starting(NAME))
         # What waits for it need not wait to be told to end.
         resize = agent.json("instance", "resize", NAME, "--flavor", "1x192x2", "--no-wait")["id"]
         agent.run("job", "cancel", resize)

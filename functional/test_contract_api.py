@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 from functional.conftest import Images
-from functional.contract import agent, booted, curl, proxy
+from functional.contract import agent, booted, curl
 from functional.harness.agent import Agent
 
-__all__ = ["agent", "booted", "proxy"]
+__all__ = ["agent", "booted"]
 
 
 def test_the_api_answers_curl(agent: Agent, booted: dict[str, Any], images: Images) -> None:

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from functional.conftest import Images
-from functional.contract import agent, booted, curl, proxy
+from functional.contract import agent, booted, curl
 from functional.harness.agent import Agent
 from functional.harness.guest import Guest
 from functional.harness.libvirtd import PrivateLibvirtd
 
-__all__ = ["agent", "booted", "proxy"]
+__all__ = ["agent", "booted"]
 
 NOBODY: Final = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
 

@@ -9,14 +9,14 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from functional.conftest import Images
-from functional.contract import GIB, MIB, agent, booted, curl, job, proxy
+from functional.contract import GIB, MIB, agent, booted, curl, job
 from functional.harness.agent import Agent
 from functional.harness.console import wait_ready
 from functional.harness.guest import Guest
 from functional.harness.leftovers import Leftovers
 from functional.harness.libvirtd import PrivateLibvirtd
 
-__all__ = ["agent", "booted", "proxy"]
+__all__ = ["agent", "booted"]
 
 # The result of a job
 

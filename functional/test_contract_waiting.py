@@ -9,14 +9,15 @@ import threading
 import time
 
 from functional.conftest import Images
-from functional.contract import MIB, WAIT_S, _until, agent, job, proxy, throttled
+from functional.contract import MIB, agent, job, throttled
 from functional.harness.agent import Agent
 from functional.harness.fault_proxy import FaultProxy
 from functional.harness.glance import Glance
 from functional.harness.leftovers import Leftovers
 from functional.harness.libvirtd import PrivateLibvirtd
+from functional.harness.waiting import LIMIT_S, until
 
-__all__ = ["agent", "proxy", "throttled"]
+__all__ = ["agent", "throttled"]
 
 
 def test_a_cancelled_job_leaves_nothing_and_the_other_waiter_gets_its_image(
@@ -53,12 +54,12 @@ def test_the_last_waiter_that_is_cancelled_ends_the_fetch(
 ) -> None:
     leftovers = Leftovers(agent, libvirtd)
     job_id = agent.submit(job("alone", images.disk_raw))
-    _until(lambda: agent.json("job", "show", job_id)["progress"] is not None)
+    until(lambda: agent.json("job", "show", job_id)["progress"] is not None)
 
     agent.json("job", "cancel", job_id)
 
     assert agent.wait(job_id, status=1)["status"] == "CANCELLED"
-    _until(lambda: agent.json("cache", "status")["fetching"] == [])
+    until(lambda: agent.json("cache", "status")["fetching"] == [])
     sent = throttled.matching[-1].sent
     throttled.hurry()
     time.sleep(0.2)
@@ -91,9 +92,9 @@ def test_one_live_line_on_a_terminal_and_only_the_result_on_a_pipe(
 
     reader = threading.Thread(target=read)
     reader.start()
-    _until(lambda: b"MiB/s" in screen or process.poll() is not None)
+    until(lambda: b"MiB/s" in screen or process.poll() is not None)
     throttled.hurry()
-    output, _ = process.communicate(timeout=WAIT_S)
+    output, _ = process.communicate(timeout=LIMIT_S)
     reader.join()
     os.close(ours)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import pytest
 
@@ -30,17 +30,15 @@ from functional.harness.fault_proxy import Fault, FaultProxy
 from functional.harness.glance import Glance
 from functional.harness.guest import Guest
 from functional.harness.libvirtd import PrivateLibvirtd
+from functional.harness.waiting import LIMIT_S, until
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 NAME: Final = "crash-1"
-LIMIT_S: Final = 60.0
 DRAIN_S: Final = 30.0
 """`drain_timeout` by default."""
 FILES: Final = {"console.log", "instance.json", "kernel", "ramdisk", "disk"}
 """What an instance of our images has in its directory."""
-
-T = TypeVar("T")
 
 
 def job(image_id: str) -> dict[str, Any]:
@@ -52,15 +50,6 @@ def job(image_id: str) -> dict[str, Any]:
         "image": {"id": image_id},
         "networks": [],
     }
-
-
-def until(condition: Callable[[], T]) -> T:
-    """Return what `condition` says once that is true."""
-    deadline = time.monotonic() + LIMIT_S
-    while not (said := condition()):
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.005)
-    return said
 
 
 def submit(agent: Agent, document: dict[str, Any]) -> JobReport:

@@ -18,6 +18,7 @@ from agent.hypervisor import Hypervisor
 from functional.conftest import MakeAgent
 from functional.harness.libvirtd import PrivateLibvirtd
 from functional.harness.mounts import small_file_system
+from functional.harness.waiting import until
 from functional.samples import (
     GOES_AT_ONCE,
     MIB,
@@ -27,7 +28,6 @@ from functional.samples import (
     job,
     make_old,
     refused,
-    until,
     upload,
 )
 

@@ -18,6 +18,7 @@ from functional.harness.agent import Agent
 from functional.harness.fault_proxy import Answer, Fault, FaultProxy
 from functional.harness.glance import Glance
 from functional.harness.keystone import Keystone
+from functional.harness.waiting import until
 
 MIB = 1 << 20
 SIZE = 48 * MIB
@@ -107,8 +108,7 @@ def test_a_glance_that_restarts_in_the_middle_is_waited_for(
         agent = agent_behind(make_agent, proxy, num_retries=20)
         fetch = threading.Thread(target=agent.json, args=("image", "fetch", image_id))
         fetch.start()
-        while not (agent.partial(image_id) / "data").exists():
-            time.sleep(0.05)
+        until((agent.partial(image_id) / "data").exists)
 
         glance.restart()
         fetch.join()

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -14,9 +13,9 @@ from typing import Final
 import pytest
 
 from functional.harness.agent import Agent, Options
+from functional.harness.waiting import until
 from tests.corpus import CASES, Case, vmdk_images
 
-LIMIT_S: Final = 20.0
 # One of each kind; the whole corpus goes through the cache in tests/test_corpus.py.
 NAMES: Final = (
     "qcow2 as raw",
@@ -48,11 +47,8 @@ class Executions:
             ["strace", "-f", "-qq", "-e", "trace=execve", "-o", log, "-p", str(pid)],
             stdin=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + LIMIT_S
-        while not _traced(pid):
-            assert self._strace.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: self._strace.poll() is not None or _traced(pid))
+        assert self._strace.poll() is None
 
     def of_qemu(self) -> list[str]:
         """The commands with a word of QEMU's in them, up to now."""

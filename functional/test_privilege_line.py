@@ -16,6 +16,7 @@ import pytest
 
 from functional.harness.agent import USER, Agent
 from functional.harness.libvirtd import PrivateLibvirtd
+from functional.harness.waiting import until
 
 QEMU_USER: Final = "libvirt-qemu"
 CAP_FOWNER: Final = 1 << 3
@@ -89,11 +90,8 @@ def command_of(pid: int) -> bytes:
 
 def until_ended(pid: int) -> None:
     """Return when the process is gone, or waits for nothing but an init that reaps it."""
-    deadline = time.monotonic() + WAIT_S
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        while not status(Path(f"/proc/{pid}"))["State"].startswith("Z"):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: status(Path(f"/proc/{pid}"))["State"].startswith("Z"))
 
 
 def assert_line(agent: Agent, helper_has: set[int]) -> None:

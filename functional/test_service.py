@@ -12,9 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +22,7 @@ import pytest
 
 from agent import privileges
 from functional.harness import nspawn
+from functional.harness.waiting import until
 
 CHECKOUT: Final = Path(__file__).parent.parent
 ENVIRONMENT: Final = Path(sys.prefix)
@@ -173,13 +173,6 @@ def service(installed: Service) -> Iterator[Service]:
     yield installed
     installed.systemctl("stop")
     installed.machine.run(["systemctl", "reset-failed", "bootwright.service"], check=False)
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_started_service_is_ready_and_answers(service: Service) -> None:
@@ -340,7 +333,7 @@ def test_volumes_have_a_helper_of_their_own(service: Service) -> None:
 def test_dead_helper_brings_a_new_agent(service: Service) -> None:
     before = service.main_pid()
     service.machine.run(["kill", f"-{signal.SIGKILL}", str(service.helper_pid())])
-    eventually(lambda: service.property("SubState") == "running" and service.main_pid() != before)
+    until(lambda: service.property("SubState") == "running" and service.main_pid() != before)
     assert service.property("NRestarts") == "1"
     helper = service.process(service.helper_pid())
     assert privileges.held_capabilities((helper / "status").read_text()) == ["CAP_FOWNER"]

@@ -15,6 +15,7 @@ from functional.harness.agent import Agent, make_user
 from functional.harness.fault_proxy import Fault, FaultProxy
 from functional.harness.glance import Glance
 from functional.harness.mounts import seen_at
+from functional.harness.waiting import until
 from functional.samples import (
     GOES_AT_ONCE,
     MIB,
@@ -24,7 +25,6 @@ from functional.samples import (
     job,
     make_old,
     refused,
-    until,
     upload,
 )
 
