@@ -84,18 +84,25 @@ def test_the_scrub_finds_a_flipped_bit_and_repairs_what_instances_stand_on(
 
 def assert_stands_back(pid: int) -> None:
     """One thread of the agent is idle to the disks and last to the processor, and no other."""
+    tasks = Path(f"/proc/{pid}/task")
+    others = nice_of(tasks / str(pid))  # as the tests are
     idle = []
-    for thread in Path(f"/proc/{pid}/task").iterdir():
+    for thread in tasks.iterdir():
         done = subprocess.run(
             ["ionice", "-p", thread.name], capture_output=True, text=True, check=True
         )
-        # Field 19 of proc(5); the name, which may hold anything, is the second, in brackets.
-        nice = int((thread / "stat").read_text().rpartition(")")[2].split()[16])
-        assert (done.stdout.strip() == "idle") is (nice == 19)
-        if nice == 19:
+        if done.stdout.strip() == "idle":
+            assert nice_of(thread) == 19
             idle.append(thread.name)
+        else:
+            assert nice_of(thread) == others
     assert len(idle) == 1
     assert idle != [str(pid)]
+
+
+def nice_of(thread: Path) -> int:
+    # Field 19 of proc(5); the name, which may hold anything, is the second, in brackets.
+    return int((thread / "stat").read_text().rpartition(")")[2].split()[16])
 
 
 @pytest.mark.parametrize("damaged", [True, False], ids=["damaged", "sound"])
