@@ -130,6 +130,8 @@ def image_id(text: str) -> str:
         return text
 
 
+# A limit also keeps out what is no Unicode: half of a surrogate pair can be written in JSON.
+Text = Annotated[str, StringConstraints(max_length=65535)]
 Uuid = Annotated[str, AfterValidator(_canonical_uuid)]
 HostName = Annotated[str, AfterValidator(_host_name)]
 ImageId = Annotated[str, AfterValidator(image_id)]
@@ -149,9 +151,9 @@ class Instance(_Schema):
     name: HostName | None = None
     """Of the domain, and host name of the guest; unique on this host. 1 to 63 letters, digits,
     `.` and `-`, and no UUID. Needed, except where `uuid` names an instance that exists."""
-    metadata: dict[str, str] = Field(default_factory=dict)
-    """Kept with the instance; `meta` on its config drive."""
-    user_data: Annotated[str, StringConstraints(max_length=65535)] | None = None
+    metadata: dict[Text, Text] = Field(default_factory=dict)
+    """Kept with the instance; `meta` on its config drive. Texts of at most 65535 characters."""
+    user_data: Text | None = None
     """For cloud-init: the plain text, not base64. Makes a config drive."""
     config_drive: bool = False
     """Attach a read-only disk with the instance's metadata and user data."""
@@ -169,6 +171,7 @@ class Ephemeral(_Schema):
 
 
 _QUOTA = "quota:disk_"
+_MOST_PER_S = 10**15  # QEMU's
 _LIMITS = frozenset(
     f"{_QUOTA}{what}_{unit}_sec"
     for what in ("read", "write", "total")
@@ -202,7 +205,10 @@ class Flavor(_Schema):
     swap: int = Field(default=0, ge=0, le=1 << 30, description="MiB")
     """A disk to swap on; 0 for none."""
     extra_specs: (
-        Annotated[dict[str, Annotated[int, Field(ge=0)]], AfterValidator(_extra_specs)] | None
+        Annotated[
+            dict[str, Annotated[int, Field(ge=0, le=_MOST_PER_S)]], AfterValidator(_extra_specs)
+        ]
+        | None
     ) = None
     """What each disk may do: `quota:disk_read_bytes_sec`, `quota:disk_write_iops_sec` and so on,
     `read`, `write` or `total` of `bytes` or `iops`; 0 for no limit. A resize leaves it as it is if

@@ -94,6 +94,10 @@ def test_an_instance_cannot_be_called_like_the_uuid_of_another(name: str) -> Non
             {"instance": {"name": "web-1", "metadata": "x"}},
             "instance.metadata: should be a mapping, such as {name: value} (it is 'x')",
         ),
+        (
+            {"instance": {"name": "web-1", "metadata": {"a": "\ud800"}}},
+            "instance.metadata.a: should be a valid string",
+        ),
     ],
 )
 def test_what_a_value_should_be_is_said_in_words_of_the_file(

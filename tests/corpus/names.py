@@ -42,4 +42,5 @@ FLAVORS: Final[dict[str, dict[str, Any]]] = {
     "swap of -1": {"swap": -1},
     "swap of 2^62": {"swap": 1 << 62},
     "disk of -1": {"disk": -1},
+    "limit of 2^62": {"extra_specs": {"quota:disk_read_iops_sec": 1 << 62}},
 }
