@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,42 @@ def test_flat_disk_that_a_crash_left_too_short_is_completed(flat: FileSite) -> N
     disk.path.write_bytes(content.path.read_bytes())
     flat.backend.prepare(disk, content, Cancellation())
     assert disk.path.stat().st_size == 8 * MIB
+
+
+class Held(Cancellation):
+    """Keeps the work it goes with where it asks for the nth time, until it is let go."""
+
+    def __init__(self, nth: int) -> None:
+        super().__init__()
+        self._left = nth
+        self.there = threading.Event()
+        self.let_go = threading.Event()
+
+    def check(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.there.set()
+            assert self.let_go.wait(30)
+        super().check()
+
+
+def test_disks_of_one_base_do_not_wait_for_each_other(flat: FileSite) -> None:
+    # With blocks of its own: a shared one is made in a single call.
+    site = dataclasses.replace(flat, backend=Flat(preallocate=True))
+    content = base(site)
+    first, second = (
+        site.backend.plan(site.home, Role.ROOT, name, content, 8 * MIB) for name in ("a", "b")
+    )
+    held = Held(3)
+    thread = threading.Thread(target=site.backend.prepare, args=(first, content, held))
+    thread.start()
+    assert held.there.wait(30)
+    assert site.found() != set()
+    site.backend.prepare(second, content, Cancellation())
+    assert not first.path.exists()
+    held.let_go.set()
+    thread.join(30)
+    assert site.read(first) == site.read(second)
 
 
 def test_flat_disk_cannot_be_made_of_a_base_that_is_not_raw(flat: FileSite) -> None:

@@ -1,7 +1,8 @@
 """The backends: how a disk is made, of a base or of nothing, and how it goes.
 
-Another backend is one module here and one line in `main`, where those of a host
-are put together. It passes the suite of `tests/backend_contract.py`.
+Another backend is one module here and one line in `disk_backends`, where those of a
+host are put together; its name is one of `job.ImagesType`. It passes the suite of
+`tests/backend_contract.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
