@@ -5,8 +5,9 @@ host are put together; its name is one of `job.ImagesType`. It passes the suite 
 `tests/backend_contract.py`.
 """
 
+import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from agent.base import Base
 from agent.cancellation import Cancellation
@@ -106,15 +107,14 @@ class Backend(Protocol):
         ...
 
 
-@runtime_checkable
-class OverlayBackend(Backend, Protocol):
-    """A backend whose disks of a base are one small file each."""
+class OverlayBackend(abc.ABC):
+    """A `Backend` whose disks of a base are one small file each."""
 
+    @abc.abstractmethod
     def overlay(
         self, disk: Disk, base: Base, together: Together, cancellation: Cancellation
     ) -> None:
         """Make a disk as `prepare` does; it is there, and durable, when `together` is published."""
-        ...
 
 
 class Backends:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from agent import files, qcow2
-from agent.backends import Write, disk_file
+from agent.backends import OverlayBackend, Write, disk_file
 from agent.backends.flat import Flat
 from agent.base import Base
 from agent.cancellation import Cancellation
@@ -15,7 +15,7 @@ from agent.qemu_img import QemuImg
 from agent.report import Role
 
 
-class Qcow2:
+class Qcow2(OverlayBackend):
     """See `Backend`.
 
     A disk that stands on no base is a flat one: as qcow2 it would share nothing.
