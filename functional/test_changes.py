@@ -15,7 +15,7 @@ from functional.harness.console import Seen, wait_ready
 from functional.harness.glance import Glance
 from functional.harness.guest import CONSOLE_PREFIX, Guest, Variant
 from functional.harness.libvirtd import PrivateLibvirtd
-from functional.harness.waiting import until
+from tests.waiting import until
 
 GIB = 1 << 30
 NAME = "web-1"

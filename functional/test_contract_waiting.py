@@ -15,7 +15,7 @@ from functional.harness.fault_proxy import FaultProxy
 from functional.harness.glance import Glance
 from functional.harness.leftovers import Leftovers
 from functional.harness.libvirtd import PrivateLibvirtd
-from functional.harness.waiting import LIMIT_S, until
+from tests.waiting import LIMIT_S, until
 
 __all__ = ["agent", "throttled"]
 

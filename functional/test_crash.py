@@ -30,7 +30,7 @@ from functional.harness.fault_proxy import Fault, FaultProxy
 from functional.harness.glance import Glance
 from functional.harness.guest import Guest
 from functional.harness.libvirtd import PrivateLibvirtd
-from functional.harness.waiting import LIMIT_S, until
+from tests.waiting import LIMIT_S, until
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30

@@ -18,7 +18,6 @@ from agent.hypervisor import Hypervisor
 from functional.conftest import MakeAgent
 from functional.harness.libvirtd import PrivateLibvirtd
 from functional.harness.mounts import small_file_system
-from functional.harness.waiting import until
 from functional.samples import (
     GOES_AT_ONCE,
     MIB,
@@ -30,6 +29,7 @@ from functional.samples import (
     refused,
     upload,
 )
+from tests.waiting import until
 
 __all__ = ["upload"]
 

@@ -18,7 +18,7 @@ from functional.harness.agent import Agent
 from functional.harness.fault_proxy import Answer, Fault, FaultProxy
 from functional.harness.glance import Glance
 from functional.harness.keystone import Keystone
-from functional.harness.waiting import until
+from tests.waiting import until
 
 MIB = 1 << 20
 SIZE = 48 * MIB

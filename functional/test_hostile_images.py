@@ -13,8 +13,8 @@ from typing import Final
 import pytest
 
 from functional.harness.agent import Agent, Options
-from functional.harness.waiting import until
 from tests.corpus import CASES, Case, vmdk_images
+from tests.waiting import until
 
 # One of each kind; the whole corpus goes through the cache in tests/test_corpus.py.
 NAMES: Final = (

@@ -16,7 +16,7 @@ import pytest
 
 from functional.harness.agent import USER, Agent
 from functional.harness.libvirtd import PrivateLibvirtd
-from functional.harness.waiting import until
+from tests.waiting import until
 
 QEMU_USER: Final = "libvirt-qemu"
 CAP_FOWNER: Final = 1 << 3

@@ -11,8 +11,8 @@ import pytest
 from functional.conftest import MakeAgent
 from functional.harness.agent import Agent, make_user
 from functional.harness.glance import Glance
-from functional.harness.waiting import until
 from functional.samples import Sample, Upload, fetch, flip_a_bit, job, upload
+from tests.waiting import until
 
 __all__ = ["upload"]
 

@@ -22,7 +22,7 @@ import pytest
 
 from agent import privileges
 from functional.harness import nspawn
-from functional.harness.waiting import until
+from tests.waiting import until
 
 CHECKOUT: Final = Path(__file__).parent.parent
 ENVIRONMENT: Final = Path(sys.prefix)

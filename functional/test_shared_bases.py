@@ -17,7 +17,6 @@ from functional.harness.agent import Agent, make_user
 from functional.harness.fault_proxy import Fault, FaultProxy
 from functional.harness.glance import Glance
 from functional.harness.mounts import seen_at
-from functional.harness.waiting import LIMIT_S, until
 from functional.samples import (
     GOES_AT_ONCE,
     MIB,
@@ -29,6 +28,7 @@ from functional.samples import (
     refused,
     upload,
 )
+from tests.waiting import LIMIT_S, until
 
 __all__ = ["upload"]
 

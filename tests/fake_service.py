@@ -49,6 +49,8 @@ class FakeService:
         self.console_gone = 0
         self.console_rotates = False
         self.changed = threading.Condition()
+        self.waiting = 0
+        """How many wait for a job or an event right now."""
         self.all_events: list[Event] = []
         self.all_jobs: dict[str, JobReport] = {}
         self._keys: dict[str, tuple[dict[str, object], str]] = {}
@@ -158,7 +160,9 @@ class FakeService:
 
     def _wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
         with self.changed:
+            self.waiting += 1
             self.changed.wait_for(condition, timeout_s)
+            self.waiting -= 1
 
     def images(self) -> Sequence[ImageEntry]:
         return list(self._images.values())

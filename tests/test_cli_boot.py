@@ -6,7 +6,6 @@ import pty
 import re
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from agent.report import ErrorReport
 from tests.api_server import listener, service, socket_path
 from tests.cli_kit import ENVIRONMENT, FLAGS, JOB, PROGRAM, Cli, alone, cli, job_file
 from tests.fake_service import FakeService
+from tests.waiting import LIMIT_S, until
 
 __all__ = ["cli", "job_file", "listener", "service", "socket_path"]
 
@@ -193,12 +193,10 @@ def test_on_a_terminal_one_line_shows_phase_bytes_and_rate(
 
     reader = threading.Thread(target=read)
     reader.start()
-    end = time.monotonic() + 20
-    while b"1.0 MiB of 4.0 MiB" not in screen and time.monotonic() < end:
-        time.sleep(0.05)
+    until(lambda: b"1.0 MiB of 4.0 MiB" in screen)
     (job_id,) = service.all_jobs
     service.finish(job_id)
-    stdout, _ = process.communicate(timeout=20)
+    stdout, _ = process.communicate(timeout=LIMIT_S)
     reader.join()
     os.close(ours)
     assert process.returncode == 0

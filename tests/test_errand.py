@@ -8,6 +8,7 @@ import pytest
 from agent import errand, logs
 from agent.cancellation import Cancellation
 from agent.errors import Cancelled, DeadlineExceeded, ImageNotFound
+from tests.waiting import AT_ONCE_S, LIMIT_S
 
 
 def test_the_result_and_the_error_are_the_callers() -> None:
@@ -26,7 +27,7 @@ def test_the_wait_ends_at_once_and_what_comes_late_is_thrown_away(how: str) -> N
     silent, discarded = threading.Event(), threading.Event()
 
     def call() -> str:
-        silent.wait(20)
+        silent.wait(LIMIT_S)
         return "late"
 
     if how == "cancel":
@@ -35,16 +36,16 @@ def test_the_wait_ends_at_once_and_what_comes_late_is_thrown_away(how: str) -> N
     with pytest.raises((Cancelled, DeadlineExceeded)):
         errand.run(call, cancellation, discard=lambda _: discarded.set())
 
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < AT_ONCE_S
     assert not discarded.is_set()
     silent.set()
-    assert discarded.wait(5)
+    assert discarded.wait(LIMIT_S)
 
 
 def test_a_limit_ends_the_wait_too() -> None:
     silent = threading.Event()
     with pytest.raises(TimeoutError, match=r"within 0\.05 s"):
-        errand.run(lambda: silent.wait(20), Cancellation(), limit_s=0.05)
+        errand.run(lambda: silent.wait(LIMIT_S), Cancellation(), limit_s=0.05)
     silent.set()
 
 

@@ -28,6 +28,7 @@ from tests.cache_kit import (
     random_bytes,
     source,
 )
+from tests.waiting import LIMIT_S, until
 
 __all__ = ["kit", "make_kit", "source"]
 
@@ -44,8 +45,7 @@ def test_many_callers_of_one_cold_image_make_one_fetch(kit: CacheKit, source: So
     ]
     for thread in threads:
         thread.start()
-    while sum(fetch.waiters for fetch in kit.cache.fetches()) < len(threads):
-        time.sleep(0.01)
+    until(lambda: sum(fetch.waiters for fetch in kit.cache.fetches()) == len(threads))
     source.gate.set()
     for thread in threads:
         thread.join()
@@ -62,9 +62,7 @@ def test_no_more_images_are_fetched_at_a_time_than_configured(
     source.gate.clear()
     with ThreadPoolExecutor(len(images)) as pool:
         fetches = [pool.submit(kit.acquire, image) for image in images]
-        deadline = time.monotonic() + 20
-        while len(source.opened) < 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: len(source.opened) == 4)
         # A fifth would not take long.
         time.sleep(0.3)
         assert len(source.opened) == 4
@@ -92,10 +90,9 @@ def test_a_waiter_that_is_cancelled_leaves_and_the_others_stay(
     second = threading.Thread(target=lambda: staying.append(kit.acquire(image, pin="staying")))
     first.start()
     second.start()
-    while sum(fetch.waiters for fetch in kit.cache.fetches()) < 2:
-        time.sleep(0.01)
+    until(lambda: sum(fetch.waiters for fetch in kit.cache.fetches()) == 2)
     leaving.cancel(Cancelled("enough"))
-    first.join(5)
+    first.join(LIMIT_S)
     assert [type(error) for error in errors] == [Cancelled]
     source.gate.set()
     second.join()
@@ -142,13 +139,10 @@ def test_closing_interrupts_a_fetch_and_keeps_what_came(make_kit: MakeKit, sourc
 
     waiter = threading.Thread(target=wait)
     waiter.start()
-    while not source.opened:
-        time.sleep(0.01)
-    closer = threading.Thread(target=kit.cache.close, args=(10,))
-    closer.start()
-    time.sleep(0.05)
+    until(lambda: source.opened)
+    kit.cache.close(0)
     source.gate.set()
-    closer.join()
+    kit.cache.close(LIMIT_S)
     waiter.join()
 
     assert [type(error) for error in errors] == [AgentStopping]

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +21,7 @@ from agent.usage import Usage
 from agent.views import Reason
 from tests import service_user
 from tests.cache_kit import MIB, NEVER, CacheKit, Source, random_bytes, source
+from tests.waiting import LIMIT_S, until
 
 __all__ = ["source"]
 
@@ -65,11 +65,8 @@ def test_bases_are_pruned_by_a_thread_of_its_own_until_it_is_stopped(
     base = kit.fetch(source.add(random_bytes(1)))
     thread = housekeeping(kit, journal, prune_interval_s=0.05)
     thread.start()
-    deadline = time.monotonic() + 10
-    while base.path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert thread.stop(5)
+    until(lambda: not base.path.exists())
+    assert thread.stop(LIMIT_S)
     assert not any(thread.name == "housekeeping" for thread in threading.enumerate())
 
 

@@ -17,6 +17,7 @@ import pytest
 from agent.errors import HypervisorError, InstanceExists, InvalidJob
 from agent.hypervisor import Hypervisor
 from agent.libvirt_connection import Connection, Libvirt
+from tests.waiting import AT_ONCE_S, until
 
 MISSING = "00000000-0000-4000-8000-000000000000"
 
@@ -156,7 +157,7 @@ def test_daemon_that_accepts_and_never_answers_costs_no_more_than_the_limit(
         began = time.monotonic()
         with pytest.raises(HypervisorError, match=r"no answer within 0\.2 s"):
             hypervisor.version()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < AT_ONCE_S
 
 
 def test_what_was_said_to_have_failed_is_not_done_later(tmp_path: Path) -> None:
@@ -198,10 +199,7 @@ def test_step_of_a_call_that_was_given_up_is_not_followed_by_another() -> None:
 
 
 def until_no_call_is_left() -> None:
-    ends = time.monotonic() + 20
-    while any(thread.name == "libvirt call" for thread in threading.enumerate()):
-        assert time.monotonic() < ends
-        time.sleep(0.005)
+    until(lambda: all(thread.name != "libvirt call" for thread in threading.enumerate()))
 
 
 def test_host_without_threads_to_spare_is_an_error_that_passes(hypervisor: Hypervisor) -> None:

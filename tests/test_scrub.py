@@ -24,6 +24,7 @@ from agent.usage import Usage
 from agent.verification import Verifier
 from agent.views import Soundness, Verification
 from tests.cache_kit import MIB, CacheKit, Source, kit, random_bytes, source
+from tests.waiting import LIMIT_S, until
 
 __all__ = ["kit", "source"]
 
@@ -259,11 +260,9 @@ def test_the_scrub_gives_way_to_a_busy_disk_and_ends_when_told(
     scrub = Scrub(kit.store, kit.verifier, interval_s=0, repair=not_repaired, pressure=pressed)
     begun = time.monotonic()
     scrub.start()
-    while kit.store.entries()[0].manifest.verified_at == before:
-        assert time.monotonic() - begun < 10
-        time.sleep(0.05)
+    until(lambda: kit.store.entries()[0].manifest.verified_at != before)
     assert time.monotonic() - begun > 0.9  # a pause, and then on
-    scrub.stop(5)
+    scrub.stop(LIMIT_S)
     assert not any(thread.name == "scrub" for thread in threading.enumerate())
 
 
@@ -284,12 +283,9 @@ def test_the_scrub_outlives_what_the_disk_does_to_it(tmp_path: Path, source: Sou
     scrub = Scrub(store, kit.verifier, interval_s=0, repair=not_repaired, look_every_s=0.05)
     scrub.start()
     try:
-        deadline = time.monotonic() + 10
-        while kit.store.entries()[0].manifest.verified_at == before:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: kit.store.entries()[0].manifest.verified_at != before)
     finally:
-        scrub.stop(5)
+        scrub.stop(LIMIT_S)
 
 
 def test_one_base_the_disk_refuses_does_not_end_the_round(kit: CacheKit, source: Source) -> None:

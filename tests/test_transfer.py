@@ -23,6 +23,7 @@ from agent.glance import GlanceSource
 from agent.image import Image
 from agent.transfer import Body, RetryPolicy, Transfer, resolve
 from tests.fake_glance import FakeGlance, Fault, fake_glance
+from tests.waiting import AT_ONCE_S, LIMIT_S, until
 
 DATA = random.Random(2).randbytes((2 << 20) + 4321)
 SIZE = len(DATA)
@@ -274,7 +275,7 @@ def test_each_retry_is_one_warning_that_says_why_where_and_when(
 def stalling_transfer(
     glance: FakeGlance, *, cancellation: Cancellation, stall_timeout_s: float = 60
 ) -> tuple[Transfer, Session]:
-    session = Session(auth=NoAuth(endpoint=glance.url), timeout=5)
+    session = Session(auth=NoAuth(endpoint=glance.url), timeout=60)
     source = GlanceSource(session, endpoints=[glance.url], stall_timeout_s=stall_timeout_s)
     image = source.get(glance.store(DATA))
     glance.faults = [Fault(stall_after=1000)] * 100
@@ -296,15 +297,15 @@ def test_cancel_wakes_a_read_that_is_blocked(glance: FakeGlance) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert received.wait(10)
+    assert received.wait(LIMIT_S)
     time.sleep(0.1)
     reason = Cancelled("somebody asked")
     cancelled_at = time.monotonic()
     cancellation.cancel(reason)
-    reader.join(10)
+    reader.join(LIMIT_S)
     ((error, ended_at),) = ended
     assert error is reason
-    assert ended_at - cancelled_at < 1
+    assert ended_at - cancelled_at < AT_ONCE_S
     session.session.close()
 
 
@@ -315,7 +316,7 @@ def test_stalled_read_ends_at_the_deadline_and_says_what_it_waited_for(
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=f"waiting for image .* at byte 1000 of {SIZE}"):
         list(transfer)
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < AT_ONCE_S
     session.session.close()
 
 
@@ -331,7 +332,7 @@ def test_source_that_only_trickles_is_given_up(glance: FakeGlance, source: Glanc
     with pytest.raises(ImageSourceUnavailable, match="bytes a second, less than 4096, at byte"):
         pieces.extend(transfer)
     received = b"".join(pieces)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < AT_ONCE_S
     assert DATA.startswith(received)
     assert len(received) > 1000
     assert len(glance.requests) == 3
@@ -345,7 +346,7 @@ def test_trickle_of_bytes_that_are_there_already_is_given_up_too(
     started = time.monotonic()
     with pytest.raises(ImageSourceUnavailable, match="bytes a second, less than 4096"):
         list(Transfer(source, image, 1 << 20, SLOW, Cancellation()))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < AT_ONCE_S
     assert len(glance.requests) == 3
 
 
@@ -377,7 +378,7 @@ def test_deadline_ends_a_pause(glance: FakeGlance, source: GlanceSource) -> None
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded, match="at byte 0 of"):
         list(transfer)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < AT_ONCE_S
     assert len(glance.requests) == 1
 
 
@@ -393,7 +394,7 @@ def test_whoever_waits_for_the_first_byte_is_let_go_at_once(glance: FakeGlance, 
     started = time.monotonic()
     with pytest.raises((Cancelled, DeadlineExceeded)):
         list(Transfer(source, image, 0, RetryPolicy(), cancellation))
-    assert 0.2 < time.monotonic() - started < 2
+    assert 0.2 < time.monotonic() - started < AT_ONCE_S
     assert len(glance.requests) == 1
     session.session.close()
 
@@ -447,8 +448,7 @@ def test_leaving_the_stream_early_closes_the_body() -> None:
         assert threading.active_count() == threads + 1
         break
     assert source.closed == 1
-    time.sleep(0.05)
-    assert threading.active_count() == threads
+    until(lambda: threading.active_count() == threads)
 
 
 def test_record_is_asked_for_again_while_the_source_is_away(

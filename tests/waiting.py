@@ -1,4 +1,4 @@
-"""Waiting for what other processes do, but not for ever."""
+"""Waiting for what other threads and processes do, but not for ever."""
 
 import time
 from collections.abc import Callable
@@ -8,6 +8,8 @@ T = TypeVar("T")
 
 LIMIT_S: Final = 60.0
 """Far more than anything takes that is waited for, so that others may have the processors."""
+AT_ONCE_S: Final = 10.0
+"""What takes no longer has ended by itself: what would end it otherwise is further away."""
 
 
 def until(condition: Callable[[], T]) -> T:
