@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lxml import etree
 
 from agent.backends.flat import Flat
 from agent.base import Base
@@ -89,9 +90,15 @@ def test_a_guest_reads_and_writes_a_ploop_image(
 @pytest.mark.parametrize("file_system", ["iso9660", "vfat"])
 @pytest.mark.parametrize("datasource", ["openstack", "nocloud"])
 def test_the_guest_reads_its_name_from_its_config_drive(
-    make_agent: MakeAgent, images: Images, file_system: str, datasource: str
+    make_agent: MakeAgent,
+    images: Images,
+    file_system: str,
+    datasource: str,
+    libvirtd: PrivateLibvirtd,
 ) -> None:
-    agent = make_agent(options={"DEFAULT": {"config_drive_format": file_system}})
+    # Neither what the file system would have nor QEMU's own.
+    modes = {"disk_cachemodes": "file=writethrough", "hw_disk_discard": "unmap"}
+    agent = make_agent(options={"DEFAULT": {"config_drive_format": file_system}, "libvirt": modes})
     document = job(images.root)
     document["instance"] |= {"config_drive": True, "datasource": datasource}
 
@@ -101,6 +108,16 @@ def test_the_guest_reads_its_name_from_its_config_drive(
     assert seen.config_drive.get("hostname") == "web-1", agent.run("instance", "console", "web-1")
     assert seen.config_drive["uuid"] == drive.parent.name
     assert drive.stat().st_mode & 0o777 == 0o600
+    assert drivers(libvirtd) == [{"cache": "writethrough", "discard": "unmap"}] * 2
+
+
+def drivers(libvirtd: PrivateLibvirtd) -> list[dict[str, str | None]]:
+    """How QEMU was told to handle each disk of the running domain."""
+    domain = etree.fromstring(libvirtd.virsh("dumpxml", "web-1"))
+    return [
+        {name: driver.get(name) for name in ("cache", "discard")}
+        for driver in domain.iterfind("devices/disk/driver")
+    ]
 
 
 def test_ephemeral_disks_have_the_file_system_each_asked_for(
@@ -250,6 +267,15 @@ def test_limits_of_the_flavor_are_on_the_disk_of_the_running_guest(
     agent.boot(document)
     tune = ("blkdeviotune", "web-1", "vda")
     assert "write_iops_sec : 123" in spaced(libvirtd.virsh(*tune))
+    probe = agent.instances / "probe"
+    past_the_cache = subprocess.run(
+        ["dd", "if=/dev/zero", f"of={probe}", "bs=4096", "count=1", "oflag=direct"],
+        check=False,
+        stderr=subprocess.DEVNULL,
+    )
+    probe.unlink(missing_ok=True)
+    cache = "none" if past_the_cache.returncode == 0 else "writeback"
+    assert drivers(libvirtd) == [{"cache": cache, "discard": "ignore"}]
     for specs, limit in (
         (None, 123),
         ({"quota:disk_write_iops_sec": 7}, 7),
