@@ -270,7 +270,9 @@ def _kernel(os: etree._Element, spec: DomainSpec) -> None:
 
 def usual_command_line(root: Disk, virt_type: str) -> str:
     """Return what a kernel is told that nobody has words for: its root disk, and where to talk."""
-    words = f"root=/dev/{root.device_name} console=ttyS0"
+    # libvirt names disks on IDE as Linux did until 2.6.18.
+    name = f"sd{str(root.device_name)[2:]}" if root.bus == Bus.IDE else root.device_name
+    words = f"root=/dev/{name} console=ttyS0"
     # On a busy host an emulated timer ticks too late for the kernel's check, which then panics.
     return f"{words} no_timer_check" if virt_type == "qemu" else words
 

@@ -299,9 +299,11 @@ def test_command_line_of_the_job_replaces_the_usual_one() -> None:
 
 
 def test_usual_command_line_names_the_root_disk_as_the_guest_does() -> None:
-    spec = domain_spec(KERNEL, OVERLAY, properties={"hw_disk_bus": "scsi"})
-    xml = build(dataclasses.replace(spec, kernel=KERNEL.path))
-    assert [line.text for line in find(xml, "//cmdline")] == ["root=/dev/sda console=ttyS0"]
+    for bus, name in (("virtio", "vda"), ("ide", "sda"), ("scsi", "sda")):
+        spec = domain_spec(KERNEL, OVERLAY, properties={"hw_disk_bus": bus})
+        xml = build(dataclasses.replace(spec, kernel=KERNEL.path))
+        lines = [line.text for line in find(xml, "//cmdline")]
+        assert lines == [f"root=/dev/{name} console=ttyS0"]
     emulated = build(dataclasses.replace(spec, kernel=KERNEL.path, virt_type="qemu"))
     assert find(emulated, "//cmdline[.='root=/dev/sda console=ttyS0 no_timer_check']")
 
