@@ -117,7 +117,7 @@ def test_what_the_agent_does_by_itself_is_what_gc_does(
     agent.boot(job("web-1", used))
     fetch(agent, unused)
     until(lambda: not agent.base(unused.id).exists())
-    assert f"image {unused.id} removed from the cache" in agent.log
+    agent.wait_log(f"image {unused.id} removed from the cache")
 
     # Not old on the day its instance goes: it counted as used until then.
     agent.stop()
