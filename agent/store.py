@@ -46,6 +46,9 @@ _OURS = re.compile(
 )
 
 
+_MODE = 0o440
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """A base, as it is listed."""
@@ -190,6 +193,10 @@ class Store:
                 return False
             if manifest.identity != manifests.identity(path):
                 return False
+            # Not for QEMU either, whom libvirt makes its owner: 'virsh blockcommit' writes all
+            # that a guest has to the bottom of its chain if nobody tells it where to end.
+            with contextlib.suppress(PermissionError):  # libvirt was quick
+                path.chmod(_MODE)
             aside.rename(manifest_path(path))
             fsync_directory(self.directory)
             return True

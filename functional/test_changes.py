@@ -104,6 +104,10 @@ def test_a_running_guest_sees_its_disk_grow_at_once_and_the_rest_at_its_next_sta
     for change in (["resize", NAME, "--flavor", "1x192x0"], ["rescue", NAME]):
         assert "somebody has made a snapshot" in agent.run("instance", *change).stderr
     assert libvirtd.virsh("dumpxml", NAME, "--inactive") == xml
+    base = agent.base(images.root).read_bytes()
+    with pytest.raises(RuntimeError, match="Permission denied"):  # that were into the base
+        libvirtd.virsh("blockcommit", NAME, "vda", "--active", "--pivot", "--wait")
+    assert agent.base(images.root).read_bytes() == base
     libvirtd.virsh("blockcommit", NAME, "vda", "--shallow", "--active", "--pivot", "--wait")
     agent.json("instance", "resize", NAME, "--flavor", "1x192x0")
 

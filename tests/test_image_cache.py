@@ -48,7 +48,7 @@ def test_a_miss_makes_an_entry_and_a_hit_asks_for_no_byte(kit: CacheKit, source:
     assert (first.received, second.received) == (len(data), 0)
     assert source.opened == [(IMAGE_ID, 0)]
     assert leftovers(kit) == []
-    assert first.path.stat().st_mode & 0o777 == 0o640
+    assert first.path.stat().st_mode & 0o777 == 0o440
 
 
 def test_a_qcow2_becomes_a_raw_base(kit: CacheKit, source: Source, tmp_path: Path) -> None:
