@@ -298,14 +298,14 @@ def test_command_line_of_the_job_replaces_the_usual_one() -> None:
     assert [line.text for line in find(build(spec), "//cmdline")] == ["root=LABEL=/ & <quiet>"]
 
 
-def test_usual_command_line_names_the_root_disk_as_the_guest_does() -> None:
-    for bus, name in (("virtio", "vda"), ("ide", "sda"), ("scsi", "sda")):
-        spec = domain_spec(KERNEL, OVERLAY, properties={"hw_disk_bus": bus})
-        xml = build(dataclasses.replace(spec, kernel=KERNEL.path))
-        lines = [line.text for line in find(xml, "//cmdline")]
-        assert lines == [f"root=/dev/{name} console=ttyS0"]
-    emulated = build(dataclasses.replace(spec, kernel=KERNEL.path, virt_type="qemu"))
-    assert find(emulated, "//cmdline[.='root=/dev/sda console=ttyS0 no_timer_check']")
+@pytest.mark.parametrize(("bus", "name"), [("virtio", "vda"), ("ide", "sda"), ("scsi", "sda")])
+def test_usual_command_line_names_the_root_disk_as_the_guest_does(bus: str, name: str) -> None:
+    spec = domain_spec(KERNEL, OVERLAY, properties={"hw_disk_bus": bus})
+    spec = dataclasses.replace(spec, kernel=KERNEL.path)
+    usual = f"root=/dev/{name} console=ttyS0"
+    assert [line.text for line in find(build(spec), "//cmdline")] == [usual]
+    emulated = find(build(dataclasses.replace(spec, virt_type="qemu")), "//cmdline")
+    assert [line.text for line in emulated] == [f"{usual} no_timer_check"]
 
 
 @pytest.mark.parametrize("text", ["a\x00b", "a\x1bb", "a\ud800"])
