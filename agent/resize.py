@@ -17,9 +17,10 @@ from agent.hardware import topology_wanted_by
 from agent.host import Host
 from agent.instances import InstanceRecord
 from agent.job import Flavor, JobRequest
+from agent.layout import MIB
 from agent.properties import flag
 from agent.recorder import Recorder
-from agent.report import Status, TaskState
+from agent.report import Role, Status, TaskState
 
 
 def resize(host: Host, request: JobRequest, recorder: Recorder, cancellation: Cancellation) -> None:
@@ -43,6 +44,7 @@ def resize(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
             change.require_own_disks(record)
         # What it cannot be is told before the disk has grown for it.
         size = _size(record, request.flavor)
+        _require_same_blanks(record, request.flavor)
         disk = _grown(change, record, request.flavor, running=is_running(state))
         if disk != record.root:
             others = (disk if each.role is disk.role else each for each in record.disks)
@@ -73,6 +75,25 @@ def _size(record: InstanceRecord, flavor: Flavor) -> Size:
         topology=None if topology is None else topology.fit(flavor.vcpus),
         queues=flag(record.image_properties, "hw_vif_multiqueue_enabled"),
     )
+
+
+def _require_same_blanks(record: InstanceRecord, flavor: Flavor) -> None:
+    """Raises: InvalidJob: the flavor has other ephemeral disks, or another swap, than there are."""
+    for role, wanted in (
+        (Role.EPHEMERAL, [each.size * GIB for each in flavor.ephemeral]),
+        (Role.SWAP, [flavor.swap * MIB] if flavor.swap else []),
+    ):
+        found = [disk.virtual_size for disk in record.disks if disk.role is role]
+        # Some backends round up, none by as much as that.
+        same = len(found) == len(wanted) and all(
+            0 <= has - wants < GIB for has, wants in zip(found, wanted, strict=True)
+        )
+        if wanted and not same:
+            raise InvalidJob(
+                f"instance {record.name} has {role} disks of {found} bytes, the flavor {wanted}, "
+                "and a resize changes the root disk alone",
+                f"leave flavor.{role} out: they stay as they are",
+            )
 
 
 def _grown(change: Change, record: InstanceRecord, flavor: Flavor, *, running: bool) -> Disk:

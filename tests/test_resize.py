@@ -127,6 +127,34 @@ def test_more_processors_than_the_image_can_bear_are_refused_before_its_disk_gro
     assert (domain(site).findtext("vcpu"), record(site)) == before
 
 
+@pytest.mark.parametrize(
+    ("other", "accepts"),
+    [
+        ({}, True),
+        ({"ephemeral": [{"size": 1}, {"size": 2}], "swap": 8}, True),
+        ({"ephemeral": [{"size": 1}, {"size": 3}]}, False),
+        ({"ephemeral": [{"size": 1}, {"size": 1}]}, False),
+        ({"ephemeral": [{"size": 1}]}, False),
+        ({"swap": 9}, False),
+    ],
+    ids=str,
+)
+def test_flavor_with_other_empty_disks_is_refused_and_not_half_done(
+    site: Site, other: dict[str, object], accepts: bool
+) -> None:
+    blanks = [{"size": size, "guest_format": "none"} for size in (1, 2)]
+    flavor = {"vcpus": 1, "ram": 64, "disk": 1, "ephemeral": blanks, "swap": 8}
+    site.run(action="prepare", libvirt={}, flavor=flavor)
+    flavor = {"vcpus": 1, "ram": 64, "disk": 2, **other}
+    request, recorder = accepted(site, "resize", flavor=flavor)
+    if accepts:
+        resize(site.host, request, recorder, Cancellation())
+    else:
+        with pytest.raises(InvalidJob, match=r"leave flavor\.(ephemeral|swap) out"):
+            resize(site.host, request, recorder, Cancellation())
+    assert record(site).root.virtual_size == (2 if accepts else 1) << 30
+
+
 def test_what_a_domains_owner_has_said_of_its_processors_outlives_a_resize(site: Site) -> None:
     booted(site)
     xml = site.hypervisor.xml(site.uuid)
