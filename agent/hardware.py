@@ -251,6 +251,11 @@ class Hardware:
         )
 
     @property
+    def depends_on_host(self) -> bool:
+        """Whether it cannot be told without the host what it will be."""
+        return self.secure_boot is not SecureBoot.DISABLED or self.tpm_model is not None
+
+    @property
     def nonvolatile(self) -> tuple[object, ...] | None:
         """What has to be the same for the variables of its firmware and its TPM to be of use to it.
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 
+from agent.errors import HypervisorError
 from agent.hardware import Hardware
 from agent.hypervisor import Hypervisor
 from agent.image import Image
@@ -16,12 +17,18 @@ def on_host(properties: Mapping[str, str], hypervisor: Hypervisor) -> Hardware:
 
     Raises:
         ImageUnacceptable: they ask for what this host does not have, or nobody.
-        HypervisorError: libvirt cannot say.
+        HypervisorError: libvirt cannot say, and what it is to be depends on that.
     """
     hardware = Hardware.wanted_by(properties)
     if not hardware.asks_host:
         return hardware
-    offers = hypervisor.offers(hardware.machine)
+    try:
+        offers = hypervisor.offers(hardware.machine)
+    except HypervisorError:
+        if hardware.depends_on_host:
+            raise
+        # It is asked to have a refusal early; disks can be made while libvirt is away.
+        return hardware
     if not offers.machine:
         raise refused("hw_machine_type", hardware.machine, "QEMU on this host has no such machine")
     return hardware.on(uefi=offers.uefi, secure_boot=offers.secure_boot, tpm=offers.tpm)

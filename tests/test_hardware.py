@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from agent.devices import assign_devices, assign_macs, reassign_devices
 from agent.disk import Disk
-from agent.errors import ImageUnacceptable
+from agent.errors import HypervisorError, ImageUnacceptable
 from agent.hardware import Bus, Firmware, Hardware, InputBus, NicModel, SecureBoot, Topology
+from agent.hypervisor import Hypervisor
+from agent.image_hardware import on_host
 from agent.job import ImagesType, Network
 from agent.properties import unknown
 from agent.report import Role
@@ -277,6 +279,18 @@ def test_what_the_host_lacks_is_refused_unless_it_is_optional() -> None:
         required.on(uefi=True, secure_boot=False, tpm=True)
     with pytest.raises(ImageUnacceptable, match=r"hw_tpm_model .*install swtpm"):
         tpm.on(uefi=True, secure_boot=True, tpm=False)
+
+
+def test_disks_can_be_made_for_a_machine_while_libvirt_is_away(tmp_path: Path) -> None:
+    away = Hypervisor(f"qemu:///system?socket={tmp_path}/sock", virt_type="qemu")
+    for wishes in ({"hw_firmware_type": "uefi"}, {"hw_machine_type": "pc-q35-7.2"}):
+        assert on_host(wishes, away) == Hardware.wanted_by(wishes)
+    for wishes in (
+        {"hw_tpm_version": "2.0"},
+        {"hw_firmware_type": "uefi", "os_secure_boot": "optional"},
+    ):
+        with pytest.raises(HypervisorError):
+            on_host(wishes, away)
 
 
 def test_disks_that_are_reassigned_get_the_places_they_would_have_had_at_first() -> None:
