@@ -95,15 +95,18 @@ def reassign_devices(
     return assign_devices([planned(disk) for disk in disks], hardware, instance_uuid)
 
 
-def rescue_bus(properties: Mapping[str, str], usual: str) -> tuple[str, str]:
+def rescue_bus(properties: Mapping[str, str], usual: str, machine: str) -> tuple[str, str]:
     """Return bus and device of a rescue disk, as the properties of its image ask for.
 
-    `usual`: the bus without a word from the image, such as that of the root disk.
+    `usual`: the bus without a word from the image, such as that of the root disk. `machine`: of
+    the domain it shall be in.
 
     Raises:
         ImageUnacceptable: they ask for what cannot be provided.
     """
     bus = choice(properties, "hw_rescue_bus", Bus) or Bus(usual)
+    if bus is Bus.IDE and "q35" in machine:
+        raise refused("hw_rescue_bus", bus, f"the instance's machine, {machine}, has no IDE")
     device = properties.get("hw_rescue_device", "disk")
     if device not in ("disk", "cdrom"):
         raise refused("hw_rescue_device", device, "known are disk, cdrom")

@@ -33,6 +33,12 @@ def sources_of(xml: str) -> set[str]:
     return set(sources_by_device(xml).values())
 
 
+def machine_of(xml: str) -> str:
+    """Return the type of machine, such as pc-q35-7.2; empty if the domain does not say."""
+    element = etree.fromstring(xml.encode()).find("os/type")
+    return "" if element is None else element.get("machine", "")
+
+
 def kernel_of(xml: str) -> Path | None:
     """Return the kernel that QEMU boots a domain with by itself."""
     text = etree.fromstring(xml.encode()).findtext("os/kernel")

@@ -214,7 +214,8 @@ def _place(record: InstanceRecord, image: Image, xml: str) -> tuple[str, str, st
     Raises:
         ImageUnacceptable: the image asks for what cannot be provided, or there is no place left.
     """
-    bus, device = rescue_bus(image.properties, str(record.root.bus))
+    machine = domain_facts.machine_of(xml)
+    bus, device = rescue_bus(image.properties, str(record.root.bus), machine)
     return bus, device, free_device_name(bus, domain_facts.devices_of(xml))
 
 

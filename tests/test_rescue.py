@@ -144,3 +144,14 @@ def test_rescue_for_which_the_bus_has_no_place_is_refused_before_its_image_is_fe
     request, recorder = accepted(site, "rescue", image={"id": image_id})
     rescue(site.host, request, recorder, Cancellation())
     assert record(site).disks[-1].bus == "usb"
+
+
+def test_rescue_on_a_bus_that_the_machine_does_not_have_is_refused_before_its_image_is_fetched(
+    site: Site,
+) -> None:
+    boot(site)
+    image_id = second_image(site, hw_rescue_bus="ide")
+    request, recorder = accepted(site, "rescue", image={"id": image_id})
+    with pytest.raises(ImageUnacceptable, match=r"hw_rescue_bus .* q35, has no IDE"):
+        rescue(site.host, request, recorder, Cancellation())
+    assert [opened for opened, _ in site.kit.source.opened].count("another") == 0
