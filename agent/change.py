@@ -107,7 +107,7 @@ class Change:
                     raise InvalidJob(
                         f"disk {disk.device_name} of instance {record.name} is {source} in its "
                         f"domain, not {disk.path}: somebody has made a snapshot, or moved it",
-                        # Without --shallow it would be written to the base in the cache.
+                        # Without --shallow it would be for the base in the cache.
                         "bring it back first; after a snapshot, while the guest runs: virsh "
                         f"blockcommit {record.name} {disk.device_name} --shallow --active --pivot",
                     )

@@ -11,7 +11,7 @@ from agent.devices import assign_devices, assign_macs, reassign_devices
 from agent.disk import Disk
 from agent.errors import HypervisorError, ImageUnacceptable
 from agent.hardware import Bus, Firmware, Hardware, InputBus, NicModel, SecureBoot, Topology
-from agent.hypervisor import Hypervisor
+from agent.hypervisor import HostOffers, Hypervisor
 from agent.image_hardware import on_host
 from agent.job import ImagesType, Network
 from agent.properties import unknown
@@ -291,6 +291,23 @@ def test_disks_can_be_made_for_a_machine_while_libvirt_is_away(tmp_path: Path) -
     ):
         with pytest.raises(HypervisorError):
             on_host(wishes, away)
+
+
+class Without(Hypervisor):
+    """A host whose QEMU knows one machine alone, and has no firmware."""
+
+    def offers(self, machine: str) -> HostOffers:
+        return HostOffers(machine=machine == "pc-q35-7.2", uefi=False, secure_boot=False, tpm=True)
+
+
+def test_machine_and_firmware_that_the_host_does_not_have_are_refused() -> None:
+    host = Without("test:///default", virt_type="test")
+    on_host({"hw_machine_type": "pc-q35-7.2"}, host)
+    on_host({"hw_machine_type": "pc"}, host)
+    with pytest.raises(ImageUnacceptable, match=r"hw_machine_type .* has no such machine"):
+        on_host({"hw_machine_type": "pc-q35-99.0"}, host)
+    with pytest.raises(ImageUnacceptable, match=r"hw_firmware_type .*install ovmf"):
+        on_host({"hw_machine_type": "pc-q35-7.2", "hw_firmware_type": "uefi"}, host)
 
 
 def test_disks_that_are_reassigned_get_the_places_they_would_have_had_at_first() -> None:
