@@ -77,7 +77,7 @@ def reporting(what: str, path: Path, *, needed: int = BLOCK) -> Iterator[None]:
             yield
     except OSError as e:
         raise BackendError(
-            f"{what} {path}: {e.strerror}", "look at the file system and the kernel's log"
+            f"{what} {path}: {e.strerror or e}", "look at the file system and the kernel's log"
         ) from e
 
 
@@ -154,8 +154,7 @@ class Together:
 
     def __exit__(self, *_: object) -> None:
         for one in self._files:
-            os.close(one.fd)
-            one.path.unlink(missing_ok=True)
+            _give_up(one.fd, one.path)
         for path in reversed(self._made):
             with contextlib.suppress(OSError):
                 path.rmdir()  # unless there is anything in it
@@ -199,8 +198,7 @@ class Together:
                 # of the file system's journal will do for them.
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             except BaseException:
-                os.close(fd)
-                aside.unlink(missing_ok=True)
+                _give_up(fd, aside)
                 raise
         self._files.append(
             _Aside(fd=fd, path=aside, target=target, needed=needed, what=what, named=named)
@@ -217,15 +215,29 @@ class Together:
                 os.fsync(one.fd)
         while self._files:
             one = self._files[0]
-            one.path.rename(one.target)
+            with reporting_no_space(one.target, one.needed, one.what):
+                one.path.rename(one.target)
             del self._files[0]
-            os.close(one.fd)
             self._to_flush.append(one.target.parent)
             one.named()
+            _close(one.fd)
         for directory in dict.fromkeys(reversed(self._to_flush)):
             fsync_directory(directory)
         self._to_flush.clear()
         self._made.clear()
+
+
+def _close(fd: int) -> None:
+    """Close a file that is durable, or of no use: what comes too late for both is no failure."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+def _give_up(fd: int, path: Path) -> None:
+    """Let an unfinished file go. Why it goes is what counts, and the next sweep takes the rest."""
+    _close(fd)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 @contextlib.contextmanager

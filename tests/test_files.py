@@ -122,6 +122,53 @@ def test_what_is_published_stays_whatever_comes_after(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["record"]
 
 
+def test_who_waits_for_a_name_hears_of_it_though_the_file_cannot_be_closed(tmp_path: Path) -> None:
+    told: list[str] = []
+    descriptors: list[int] = []
+    with files.Together() as together:
+        with together.file(
+            tmp_path / "first", needed=1, what="writing", named=lambda: os.close(descriptors[0])
+        ):
+            pass
+        with together.file(
+            tmp_path / "second", needed=1, what="writing", named=lambda: told.append("second")
+        ) as fd:
+            descriptors.append(fd)
+        together.publish()
+    assert told == ["second"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+
+
+def test_what_cannot_be_removed_hides_neither_the_reason_nor_the_rest(tmp_path: Path) -> None:
+    def fail_to_remove() -> None:
+        with files.Together() as together:
+            for name in ("first", "second"):
+                with together.file(tmp_path / name, needed=1, what="writing"):
+                    pass
+            [stubborn] = tmp_path.glob(".first.*")
+            stubborn.unlink()
+            stubborn.mkdir()
+            raise RuntimeError("the reason")
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(RuntimeError, match="the reason"):
+        fail_to_remove()
+    assert [path.is_dir() for path in tmp_path.iterdir()] == [True]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_writer_s_error_is_told_though_its_file_cannot_be_removed(tmp_path: Path) -> None:
+    def fail_midway() -> None:
+        with files.replacing(tmp_path / "manifest", needed=3, what="writing"):
+            [stubborn] = tmp_path.iterdir()
+            stubborn.unlink()
+            stubborn.mkdir()
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail_midway()
+
+
 def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "manifest"
     target.write_bytes(b"old")
@@ -169,6 +216,14 @@ def test_what_the_file_system_says_is_an_error_of_the_job(
         raise OSError(code, os.strerror(code))
     assert type(caught.value) is kind
     assert caught.value.hint
+
+
+def test_an_error_without_a_number_is_told_in_its_own_words(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BackendError, match=f"fetching into {tmp_path}: the peer has gone"),
+        files.reporting("fetching into", tmp_path),
+    ):
+        raise ConnectionError("the peer has gone")
 
 
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
