@@ -230,7 +230,8 @@ class Journal:
     def announce(self, report: JobReport, message: str) -> None:
         """Tell the job's new state, and `message`, to whoever asks; durable from then on.
 
-        A crash takes it back if nobody has asked, and nothing has been recorded since.
+        A crash takes it back if nobody has asked, and nothing has been recorded since. `get`
+        does not ask: where a job is this moment its recorder knows.
         """
         with self._lock:
             self._announced.append(self._transition(report, message))
@@ -242,8 +243,9 @@ class Journal:
             self._announced.append(self._transition(report, message))
             try:
                 self._write_announced()
-            except BootwrightError:
-                # Whoever is told so tries it again, or goes another way.
+            except BaseException:
+                # Whoever is told so tries it again, or goes another way. What cannot be
+                # written at all must not stand in the way of all others.
                 self._announced.pop()
                 raise
 

@@ -167,6 +167,17 @@ def test_what_is_announced_comes_before_what_is_recorded_after_it(tmp_path: Path
     journal.close()
 
 
+def test_what_cannot_be_written_at_all_is_in_nobody_s_way(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    accepted = accept(journal, "job-1")
+    with pytest.raises(ValueError, match="surrogates"):
+        journal.record(accepted.model_copy(update={"domain_xml": "\ud800"}), "done")
+    accept(journal, "job-2")
+    assert [event.job_id for event in journal.events(0)] == ["job-1", "job-2"]
+    assert journal.get("job-1").report == accepted
+    journal.close()
+
+
 def test_jobs_are_counted_and_listed_as_announced(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
     running = accept(journal, "job-1").model_copy(update={"status": Status.BUILD})
