@@ -158,8 +158,12 @@ class Agent:
         return self._worker.live(self._journal.get(job_id).report)
 
     def jobs(self, status: Status | None) -> Sequence[JobReport]:
-        statuses = tuple(Status) if status is None else (status,)
-        return [self._worker.live(job.report) for job in self._journal.jobs(statuses)]
+        if status is None:
+            return [self._worker.live(job.report) for job in self._journal.jobs()]
+        # A job that runs may have come further than the journal can say.
+        possible = tuple(each for each in Status if each is status or not each.final)
+        reports = (self._worker.live(job.report) for job in self._journal.jobs(possible))
+        return [report for report in reports if report.status is status]
 
     def wait(self, job_id: str, timeout_s: float) -> JobReport:
         deadline = time.monotonic() + timeout_s

@@ -1,5 +1,6 @@
 """What callers get from the agent: over a real journal, worker and image cache."""
 
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from agent.instances import InstanceRecord
 from agent.job import ImagesType, JobRequest
 from agent.journal import Journal
 from agent.recorder import Recorder
-from agent.report import Status
+from agent.report import Status, TaskState
 from agent.service import Agent
 from agent.worker import Worker
 from tests.cache_kit import CacheKit, Source
+from tests.worker_kit import no_file_grows
 
 LIMIT_S = 20.0
 
@@ -27,6 +29,9 @@ class Host:
 
     def __init__(self, directory: Path) -> None:
         self.kit = CacheKit(directory=directory / "instances", source=Source())
+        self.gate = threading.Event()
+        self.gate.set()
+        self.begun = threading.Event()
         self.journal = Journal(directory / "journal.db")
         self.worker = Worker(self.journal, self._execute, concurrency=1, untouched=lambda _: True)
         self.agent = Agent(
@@ -47,6 +52,9 @@ class Host:
     def _execute(self, request: JobRequest, recorder: Recorder, _: Cancellation) -> None:
         assert request.instance is not None
         assert request.instance.uuid is not None
+        recorder.phase(TaskState.DELETING)
+        self.begun.set()
+        assert self.gate.wait(LIMIT_S)
         self.kit.instances.remove(request.instance.uuid)
         recorder.finish(Status.DONE, "the instance is gone")
 
@@ -107,6 +115,23 @@ def test_a_name_is_never_taken_for_a_uuid(host: Host) -> None:
     report = host.agent.delete_instance(wanted, request_id="req-1")
     assert host.agent.wait(report.id, LIMIT_S).status is Status.DONE
     assert host.kit.instances.all() == [impostor]
+
+
+def test_jobs_are_listed_by_what_they_are_though_the_journal_cannot_be_written(host: Host) -> None:
+    host.add("web-1")
+    host.gate.clear()
+    report = host.agent.submit(
+        {"action": "delete", "instance": {"name": "web-1"}}, request_id="req-1"
+    )
+    listed: dict[Status | None, list[Status]] = {}
+    with no_file_grows():
+        assert host.begun.wait(LIMIT_S)
+        for status in (Status.QUEUED, Status.BUILD, None):
+            listed[status] = [job.status for job in host.agent.jobs(status)]
+    host.gate.set()
+    assert host.agent.wait(report.id, LIMIT_S).status is Status.DONE
+    assert listed == {Status.QUEUED: [], Status.BUILD: [Status.BUILD], None: [Status.BUILD]}
+    assert [job.id for job in host.agent.jobs(Status.DONE)] == [report.id]
 
 
 @pytest.mark.parametrize("offset", [3, 10**6, 2**63 - 1])
