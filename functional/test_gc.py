@@ -69,10 +69,12 @@ def test_dry_run_why_and_gc_tell_one_story_and_nothing_in_use_is_in_it(
     agent.json("image", "pin", pinned.id)
     # What a guest writes says nothing: neither that it needs that base, nor that it lets go of its.
     claim_a_base(Path(off["disks"][0]["path"]), agent.base(unused.id))
-    until_s = agent.json("image", "pin", for_a_while.id, "--for", "3s")["pinned_until"]
     everything = [running, stopped, undefined, pinned, for_a_while, unused, same, used_twin]
-    held = agent.json("image", "why", for_a_while.id)
-    assert (held["remove"], "a pin until" in held["detail"]) == (False, True)
+    with Client(agent.socket) as client:  # a command might take longer than the pin holds
+        until_s = client.pin_image(for_a_while.id, 3.0).pinned_until
+        held = client.why_image(for_a_while.id)
+    assert until_s is not None
+    assert (held.remove, "a pin until" in held.detail) == (False, True)
     time.sleep(max(0.0, until_s + 0.05 - time.time()))
 
     planned = agent.json("cache", "gc", "--dry-run")
