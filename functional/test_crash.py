@@ -275,17 +275,24 @@ def test_killed_conversion_is_made_again_from_the_kept_bytes(
     laborious.assert_booted_once(agent, libvirtd, report)
 
 
-def test_killed_with_its_overlay_made_and_no_domain(
-    make_agent: MakeAgent, small: Sample, libvirtd: PrivateLibvirtd
-) -> None:
-    agent = make_agent()
+@contextmanager
+def before_define(agent: Agent, small: Sample, libvirtd: PrivateLibvirtd) -> Iterator[JobReport]:
+    """Have a boot come to where libvirtd has to define its domain, and does not answer."""
     lock = agent.bases / ".locks" / agent.base(small.image_id).name
     with ExitStack() as frozen:
         with held(lock, agent.instances):
             report = submit(agent, job(small.image_id))
             until(in_phase(agent, report.id, TaskState.IMAGE_DOWNLOADING))
-            # The job has asked libvirtd what it had to ask before; next comes define.
+            # The job has asked libvirtd what it had to ask before.
             frozen.enter_context(libvirtd.frozen())
+        yield report
+
+
+def test_killed_with_its_overlay_made_and_no_domain(
+    make_agent: MakeAgent, small: Sample, libvirtd: PrivateLibvirtd
+) -> None:
+    agent = make_agent()
+    with before_define(agent, small, libvirtd) as report:
         assert report.instance is not None
         until((agent.instances / report.instance.uuid / "disk").exists)
 
@@ -380,12 +387,7 @@ def test_cancel_that_was_acknowledged_counts_after_a_kill(
     make_agent: MakeAgent, small: Sample, libvirtd: PrivateLibvirtd
 ) -> None:
     agent = make_agent()
-    lock = agent.bases / ".locks" / agent.base(small.image_id).name
-    with ExitStack() as frozen:
-        with held(lock, agent.instances):
-            report = submit(agent, job(small.image_id))
-            until(in_phase(agent, report.id, TaskState.IMAGE_DOWNLOADING))
-            frozen.enter_context(libvirtd.frozen())
+    with before_define(agent, small, libvirtd) as report:
         until(in_phase(agent, report.id, TaskState.SPAWNING))
         with Client(agent.socket) as client:
             assert not client.cancel(report.id).status.final

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from agent.base import Base
 from agent.errors import BackendError, ImageSourceUnavailable
+from agent.image import Image
 from agent.manifest import manifest_path
 from tests import service_user
 from tests.cache_kit import (
     IMAGE_ID,
     MIB,
     NAME,
+    CacheKit,
     MakeKit,
     Source,
     kit,
@@ -26,18 +29,31 @@ from tests.cache_kit import (
 __all__ = ["kit", "make_kit", "source"]
 
 
+def broken_off(kit: CacheKit, source: Source) -> Path:
+    """Have 2 MiB of the image come, and the rest with the next fetch; return the partial."""
+    source.break_at = 2 * MIB
+    with pytest.raises(ImageSourceUnavailable):
+        kit.acquire(source.images[IMAGE_ID])
+    source.break_at = None
+    return kit.store.directory / ".partial" / NAME
+
+
+def half_committed(kit: CacheKit, image: Image) -> tuple[Base, Path]:
+    """Leave what a commit leaves that was interrupted before its last step: base and partial."""
+    base = kit.acquire(image)
+    partial = kit.store.directory / ".partial" / base.name
+    partial.mkdir()
+    manifest_path(base.path).rename(partial / "manifest.json")
+    return base, partial
+
+
 def test_a_damaged_partial_costs_one_fetch_from_the_start(
     make_kit: MakeKit, source: Source
 ) -> None:
     image = source.add(random_bytes(4))
-    source.break_at = 2 * MIB
-    kit = make_kit()
-    with pytest.raises(ImageSourceUnavailable):
-        kit.acquire(image)
-    data = kit.store.directory / ".partial" / NAME / "data"
-    with data.open("r+b") as file:
+    partial = broken_off(make_kit(), source)
+    with (partial / "data").open("r+b") as file:
         file.write(b"damage")
-    source.break_at = None
 
     base = make_kit().acquire(image)
 
@@ -49,14 +65,9 @@ def test_after_a_boot_of_the_host_only_what_was_synced_counts(
     make_kit: MakeKit, source: Source
 ) -> None:
     image = source.add(random_bytes(4))
-    source.break_at = 2 * MIB
-    kit = make_kit()
-    with pytest.raises(ImageSourceUnavailable):
-        kit.acquire(image)
-    state = kit.store.directory / ".partial" / NAME / "state.json"
+    state = broken_off(make_kit(), source) / "state.json"
     record = json.loads(state.read_text())
     state.write_text(json.dumps({**record, "boot_id": "another", "durable": MIB}))
-    source.break_at = None
 
     base = make_kit().acquire(image)
 
@@ -68,11 +79,7 @@ def test_a_commit_interrupted_before_the_manifest_is_completed_without_a_fetch(
     make_kit: MakeKit, source: Source
 ) -> None:
     image = source.add(random_bytes(2))
-    kit = make_kit()
-    base = kit.acquire(image)
-    partial = kit.store.directory / ".partial" / NAME
-    partial.mkdir()
-    manifest_path(base.path).rename(partial / "manifest.json")
+    base, partial = half_committed(make_kit(), image)
 
     again = make_kit().acquire(image)
 
@@ -86,11 +93,7 @@ def test_a_base_that_is_there_is_handed_out_though_its_partial_cannot_be_removed
     make_kit: MakeKit, source: Source, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = source.add(random_bytes(1))
-    kit = make_kit()
-    base = kit.acquire(image)
-    partial = kit.store.directory / ".partial" / NAME
-    partial.mkdir()
-    manifest_path(base.path).rename(partial / "manifest.json")
+    _, partial = half_committed(make_kit(), image)
     with mounted_over(partial / "busy"):
         assert make_kit().acquire(image).path.read_bytes() == source.data[IMAGE_ID]
     assert any("next sweep" in record.message for record in caplog.records)
@@ -100,11 +103,7 @@ def test_a_commit_that_cannot_be_completed_is_no_defect_of_ours(
     make_kit: MakeKit, source: Source
 ) -> None:
     image = source.add(random_bytes(1))
-    kit = make_kit()
-    base = kit.acquire(image)
-    partial = kit.store.directory / ".partial" / NAME
-    partial.mkdir()
-    manifest_path(base.path).rename(partial / "manifest.json")
+    base, _ = half_committed(make_kit(), image)
     manifest_path(base.path).mkdir()
 
     with pytest.raises(BackendError, match="cannot be changed"):
