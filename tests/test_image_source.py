@@ -3,7 +3,6 @@
 import hashlib
 import random
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +113,7 @@ def test_an_image_of_no_bytes(case: Case) -> None:
 @pytest.mark.parametrize(
     "image_id",
     [
-        str(uuid.uuid4()),
+        "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1",
         "no-such-image",
         "",
         "../../etc/passwd",

@@ -77,6 +77,7 @@ def test_unprintable_status_is_no_error(manager: socket.socket) -> None:
         ("0", str(os.getpid()), None),
         ("a minute", str(os.getpid()), None),
     ],
+    ids=["ours", "of another", "no process", "no limit", "none", "no number"],
 )
 def test_watchdog_interval_is_half_the_limit_of_this_process(
     limit: str | None, pid: str | None, interval: float | None, monkeypatch: pytest.MonkeyPatch
