@@ -20,7 +20,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agent.errors import (
@@ -231,7 +231,7 @@ class Journal:
         """Tell the job's new state, and `message`, to whoever asks; durable from then on.
 
         A crash takes it back if nobody has asked, and nothing has been recorded since. `get`
-        does not ask: where a job is this moment its recorder knows.
+        is no such question: it says where one job is this moment.
         """
         with self._lock:
             self._announced.append(self._transition(report, message))
@@ -260,7 +260,7 @@ class Journal:
             )
 
     def get(self, job_id: str) -> Job:
-        """Return a job as it was last written; a phase it has come to may be announced only.
+        """Return a job as it is by now; a phase it has come to may be announced only.
 
         Raises:
             NotFound
@@ -269,11 +269,13 @@ class Journal:
             row = self._connection.execute(
                 "SELECT request, report, cancelled FROM job WHERE id = ?", (job_id,)
             ).fetchone()
+            announced = [each.report for each in self._announced if each.report.id == job_id]
         if row is None:
             raise NotFound(
                 f"there is no job {job_id!r} on this host", "bootwright job list shows them"
             )
-        return _job(row)
+        job = _job(row)
+        return replace(job, report=announced[-1]) if announced else job
 
     def jobs(self, statuses: Sequence[Status] = tuple(Status)) -> list[Job]:
         """Return the jobs in one of `statuses`, in the order they were accepted."""

@@ -102,7 +102,7 @@ class Worker:
 
     def _never_begun(self, job: Job) -> bool:
         # QUEUED alone: a job in BUILD that does not run did so before a restart,
-        # and only another run of it can undo what it made. After a power cut even
+        # and only another run of it can undo what it made. After a crash even
         # one that is QUEUED may have made something.
         return job.report.status is Status.QUEUED and self._untouched(job)
 

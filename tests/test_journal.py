@@ -135,6 +135,7 @@ def test_what_is_announced_lasts_once_it_has_been_told(tmp_path: Path) -> None:
     running = accept(journal, "job-1").model_copy(update={"status": Status.BUILD})
     for phase in ("image resolving", "image downloading"):
         journal.announce(running, phase)
+    assert journal.get("job-1").report == running
     # What a crash would leave: the file and its log as they are now.
     shutil.copytree(path.parent, tmp_path / "untold")
     told = journal.events(0)

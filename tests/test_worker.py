@@ -180,6 +180,21 @@ def test_stop_leaves_a_running_job_unfinished_and_a_restart_goes_on(host: Host) 
     assert host.work.begun == ["job-1"]
 
 
+def test_cancel_of_a_job_that_the_stop_has_interrupted_waits_for_its_next_run(host: Host) -> None:
+    host.accept("job-1")
+    host.worker.start()
+    host.until_begun("job-1")
+    assert host.worker.drain(LIMIT_S)
+
+    host.worker.cancel("job-1", "cancelled on request")
+
+    assert host.journal.get("job-1").report.status is Status.BUILD
+    host.go_on()
+    host.worker.start()
+    assert host.final("job-1").status is Status.CANCELLED
+    assert host.work.begun == ["job-1"]
+
+
 def test_stopped_worker_begins_nothing_more(host: Host) -> None:
     host.worker.start()
     assert host.worker.drain(LIMIT_S)
