@@ -1,9 +1,10 @@
 """The running record of one job: its phases, its result, how it ended.
 
-A phase is journaled when it begins if it may last and has a progress to show, else
-only announced: after a crash the job runs again from its first step, whatever phase
-it was in. What is learned within a phase goes with the next entry. Progress itself
-is not journaled: it is true for a moment only.
+A phase is journaled when it begins if it may last and has a progress to show, or if
+nothing but the journal tells of what it begins; else it is only announced: after a
+crash the job runs again from its first step, whatever phase it was in. What is
+learned within a phase goes with the next entry. Progress itself is not journaled: it
+is true for a moment only.
 """
 
 import threading
@@ -84,9 +85,17 @@ class Recorder:
             update={"bytes": known.bytes + received, "resumed": known.resumed + resumed}
         )
 
-    def phase(self, phase: TaskState) -> None:
-        """Begin `phase`. One that was there before goes on."""
-        self._journal.announce(*self._begin(phase))
+    def phase(self, phase: TaskState, *, lasts: bool = False) -> None:
+        """Begin `phase`. One that was there before goes on.
+
+        `lasts`: it is durable at once. That is for a change of which nothing else tells: a cancel
+        that comes after a crash would take the job for one that has never begun.
+
+        Raises:
+            InsufficientFreeSpace, BackendError: it `lasts`, and cannot be made durable.
+        """
+        tell = self._journal.record if lasts else self._journal.announce
+        tell(*self._begin(phase))
 
     def _begin(self, phase: TaskState) -> tuple[JobReport, str]:
         """Return the report, and what to tell of it."""

@@ -88,7 +88,7 @@ def unrescue(
         BackendError, HypervisorError: it still is; doing it again goes on.
     """
     change = Change(host, request, recorder, cancellation)
-    recorder.phase(TaskState.UNRESCUING)
+    recorder.phase(TaskState.UNRESCUING, lasts=True)
     with change.held() as record:
         # An earlier run of this very job may have come to its end but for the last word.
         if record.rescue is None and record.unrescued_by != change.job_id:

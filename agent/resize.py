@@ -35,7 +35,7 @@ def resize(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
     if request.flavor is None:
         raise AssertionError("the job's schema guarantees the flavor")
     change = Change(host, request, recorder, cancellation)
-    recorder.phase(TaskState.RESIZING)
+    recorder.phase(TaskState.RESIZING, lasts=True)
     with change.held() as held:
         record = held
         change.require_settled(record)

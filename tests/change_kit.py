@@ -1,6 +1,8 @@
 """Jobs that change an instance of a test's host, and a libvirt that refuses them."""
 
 import dataclasses
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from agent.host import Host
 from agent.hypervisor import Hypervisor
 from agent.instances import InstanceRecord, Instances
 from agent.job import JobRequest
-from agent.journal import Job
+from agent.journal import Job, Journal
 from agent.recorder import Recorder
 from agent.report import Status
 from tests.cache_kit import random_bytes
@@ -53,6 +55,24 @@ class Refusing(Hypervisor):
         if self.refused is not None and self.refused in sources_of(self.xml(uuid)):
             raise HypervisorError("starting: QEMU says no")
         super().start(uuid)
+
+
+class Watching(Hypervisor):
+    """Notes what a crash would leave of the newest job when a domain is about to be defined."""
+
+    def __init__(self, journal: Path) -> None:
+        super().__init__("test:///default", virt_type="test")
+        self._journal = journal
+        self.left: list[Status] = []
+
+    def define(self, xml: str) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            for path in self._journal.parent.glob(f"{self._journal.name}*"):
+                shutil.copy(path, directory)
+            journal = Journal(Path(directory, self._journal.name))
+            self.left.append(journal.jobs()[-1].report.status)
+            journal.close()
+        super().define(xml)
 
 
 @pytest.fixture

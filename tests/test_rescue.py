@@ -2,6 +2,7 @@
 
 import dataclasses
 import uuid
+from pathlib import Path
 
 import pytest
 from lxml import etree
@@ -13,7 +14,16 @@ from agent.recorder import Recorder
 from agent.report import Status
 from agent.rescue import rescue, unrescue
 from tests.cache_kit import random_bytes
-from tests.change_kit import accepted, boot_id, queued, record, restarted, save, second_image
+from tests.change_kit import (
+    Watching,
+    accepted,
+    boot_id,
+    queued,
+    record,
+    restarted,
+    save,
+    second_image,
+)
 from tests.site_kit import Site, site
 
 __all__ = ["site"]
@@ -77,6 +87,17 @@ def test_rescue_that_runs_is_left_alone_by_the_run_after_a_crash(site: Site, cha
     assert record(site).rescue is not None
     xml = site.hypervisor.xml(site.uuid, live=True)
     assert str(site.directory / "disk.rescue") in sources_of(xml)
+
+
+def test_unrescue_has_begun_before_it_changes_anything(site: Site, tmp_path: Path) -> None:
+    site.run()
+    request, recorder = accepted(site, "rescue")
+    rescue(site.host, request, recorder, Cancellation())
+    request, recorder = accepted(site, "unrescue")
+    watching = Watching(tmp_path / "journal.db")
+    unrescue(dataclasses.replace(site.host, hypervisor=watching), request, recorder, Cancellation())
+    watching.close()
+    assert watching.left == [Status.BUILD]
 
 
 def test_unrescue_whose_last_word_a_power_cut_took_back_has_ended_well(site: Site) -> None:

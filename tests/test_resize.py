@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from lxml import etree
@@ -10,9 +11,10 @@ from agent.cancellation import Cancellation
 from agent.errors import ImageUnacceptable, InvalidJob
 from agent.hypervisor import Hypervisor
 from agent.rebuild import rebuild
+from agent.report import Status
 from agent.rescue import rescue
 from agent.resize import resize
-from tests.change_kit import accepted, record, second_image
+from tests.change_kit import Watching, accepted, record, second_image
 from tests.site_kit import Site, site
 
 __all__ = ["site"]
@@ -25,6 +27,18 @@ def test_resize_never_shrinks(site: Site) -> None:
     with pytest.raises(InvalidJob, match="would shrink"):
         resize(site.host, request, recorder, Cancellation())
     assert record(site).root.virtual_size == 2 << 30
+
+
+def test_resize_has_begun_before_it_changes_anything(site: Site, tmp_path: Path) -> None:
+    site.run()
+    site.hypervisor.destroy(site.uuid)
+    watching = Watching(tmp_path / "journal.db")
+    host = dataclasses.replace(site.host, hypervisor=watching)
+    flavor = {"vcpus": 2, "ram": 64, "disk": 1}
+    request, recorder = accepted(site, "resize", flavor=flavor)
+    resize(host, request, recorder, Cancellation())
+    watching.close()
+    assert watching.left == [Status.BUILD]
 
 
 class Growing(Hypervisor):
