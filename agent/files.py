@@ -195,8 +195,9 @@ class Together:
                 os.fchmod(fd, mode)
                 yield fd
                 # Linux begins to write now what is dirty. When all are written, one commit
-                # of the file system's journal will do for them.
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                # of the file system's journal will do for them. It is no more than advice.
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             except BaseException:
                 _give_up(fd, aside)
                 raise

@@ -93,12 +93,12 @@ def test_files_that_cannot_be_made_durable_get_no_names(tmp_path: Path) -> None:
             with together.file(tmp_path / "first", needed=1, what="writing"):
                 pass
             with together.file(tmp_path / "second", needed=1, what="writing") as fd:
-                pass
-            # What cannot be flushed: a pipe in the file's place.
-            reader, writer = os.pipe()
-            os.dup2(writer, fd)
-            os.close(reader)
-            os.close(writer)
+                # What cannot be flushed: a pipe in the file's place. It takes no advice either,
+                # which is no failure yet.
+                reader, writer = os.pipe()
+                os.dup2(writer, fd)
+                os.close(reader)
+                os.close(writer)
             together.publish()
 
     with pytest.raises(OSError, match="Invalid argument"):
