@@ -12,7 +12,7 @@ AT_ONCE_S: Final = 10.0
 """What takes no longer has ended by itself: what would end it otherwise is further away."""
 
 
-def until(condition: Callable[[], T]) -> T:
+def until(condition: Callable[[], T | None]) -> T:
     """Return what `condition` says once that is true."""
     deadline = time.monotonic() + LIMIT_S
     while not (said := condition()):
