@@ -242,7 +242,10 @@ class GlanceSource:
         turn = self._turn
         if self._endpoints:
             return self._endpoints[turn % len(self._endpoints)], turn
-        with self._asking(turn, "Glance's endpoint in Keystone's catalog"):
+        # Every plugin that asks a Keystone has this; a fixed token or none has not.
+        keystone = getattr(self._session.auth, "auth_url", None)
+        where = f" at {_shown(keystone)}" if keystone else ""
+        with self._asking(turn, f"Glance's endpoint in the catalog of Keystone{where}"):
             url = Adapter(self._session, **self._catalog).get_endpoint()
         if not url:
             raise ImageSourceUnavailable(

@@ -211,6 +211,18 @@ class Libvirt:
         return HypervisorError(f"{what} {self._uri}: {said}", _hint(error, said))
 
 
+_WITHOUT_KVM: Final = "see virt-host-validate; without KVM set virt_type = qemu in [libvirt]"
+
+_HINTS: Final = {
+    "'kvm'": _WITHOUT_KVM,  # of libvirt, in whichever language
+    "KVM": _WITHOUT_KVM,  # of QEMU
+    "Unable to find any firmware": (
+        "no file of /usr/share/qemu/firmware describes such a one for this type of machine"
+    ),
+}
+"""What to do, by the words that tell what is wrong."""
+
+
 def _hint(error: libvirt.libvirtError, said: str) -> str:
     if error.get_error_code() in (libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_UNAVAILABLE):
         return "the agent's user must be in group libvirt"
@@ -219,8 +231,9 @@ def _hint(error: libvirt.libvirtError, said: str) -> str:
         if "Permission denied" in said:
             return "the agent's user must be in group libvirt"
         return "is libvirtd running? see 'systemctl status libvirtd'"
-    if "Unable to find any firmware" in said:
-        return "no file of /usr/share/qemu/firmware describes such a one for this type of machine"
+    for words, hint in _HINTS.items():
+        if words in said:
+            return hint
     if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
         return "somebody undefined it; see 'virsh list --all'"
     return "libvirt's own reasons are in 'journalctl -u libvirtd' and /var/log/libvirt/qemu"

@@ -420,3 +420,6 @@ def test_keystone_is_away(glance: FakeGlance, source_at: Make) -> None:
     with pytest.raises(ImageSourceUnavailable, match="Connection refused") as caught:
         source_at(glance.url, auth=auth).get("x")
     assert "hidden" not in str(caught.value)
+    with pytest.raises(ImageSourceUnavailable, match="Connection refused") as caught:
+        source_at(auth=auth).get("x")
+    assert f"Keystone at {auth.auth_url}: " in caught.value.message

@@ -115,6 +115,23 @@ def test_start_of_what_is_not_there_says_so_in_libvirts_words(hypervisor: Hyperv
         hypervisor.start(MISSING)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Emulator '/usr/bin/qemu-system-x86_64' does not support virt type 'kvm'",
+        "process exited while connecting to monitor: Could not access KVM kernel module",
+    ],
+)
+def test_host_without_kvm_is_told_what_runs_guests_all_the_same(said: str) -> None:
+    def refuse(_: Connection) -> None:
+        raise libvirt.libvirtError(said)
+
+    with pytest.raises(HypervisorError) as caught:
+        Libvirt("test:///default").call("starting domain x at", refuse, AT_ONCE_S)
+    assert said in caught.value.message
+    assert "virt_type = qemu" in caught.value.hint
+
+
 def test_networks_are_looked_up_by_name(hypervisor: Hypervisor) -> None:
     assert hypervisor.has_active_network("default")
     assert not hypervisor.has_active_network("missing")

@@ -31,11 +31,7 @@ def libvirt(settings: Settings) -> Iterator[Finding]:
         hypervisor.check()
         yield ok("virt_type", f"libvirt can run guests of virt_type {virt_type}")
     except BootwrightError as e:
-        yield error(
-            "virt_type",
-            e.message,
-            "see virt-host-validate; without KVM set virt_type = qemu in [libvirt]",
-        )
+        yield error("virt_type", e.message, e.hint)
     finally:
         hypervisor.close()
 

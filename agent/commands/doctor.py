@@ -20,7 +20,7 @@ from agent.views import Finding, Result
 )
 @invocation
 def doctor(call: Invocation, *, user: str) -> None:
-    """Look at all the agent needs of this host; exit code 5 if something is wrong.
+    """Look at all the agent needs; exit code 5 if something is wrong.
 
     Needs no running agent and changes nothing. A warning alone is exit code 0.
     """
