@@ -48,11 +48,7 @@ def rescue(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
         if record.rescue is None or record.rescue.job_id != change.job_id:
             change.require_settled(record)
         change.require_domain(record)
-        if host.hypervisor.has_saved_state(change.uuid):
-            raise InvalidJob(
-                f"instance {record.name} is suspended to disk, and a start would only wake it",
-                "start it, or give its memory up with 'virsh managedsave-remove'",
-            )
+        _require_no_saved_state(change, record)
         if not _has_begun(change, record):
             acquisition = Acquisition(host, recorder, cancellation)
             try:
@@ -67,6 +63,14 @@ def rescue(host: Host, request: JobRequest, recorder: Recorder, cancellation: Ca
                 acquisition.release()
         change.note_domain()
     recorder.finish(Status.ACTIVE, "the domain runs the rescue image")
+
+
+def _require_no_saved_state(change: Change, record: InstanceRecord) -> None:
+    if change.host.hypervisor.has_saved_state(change.uuid):
+        raise InvalidJob(
+            f"instance {record.name} is suspended to disk, and a start would only wake it",
+            "start it, or give its memory up with 'virsh managedsave-remove'",
+        )
 
 
 def _has_begun(change: Change, record: InstanceRecord) -> bool:
@@ -141,6 +145,7 @@ def _begin(change: Change, record: InstanceRecord, acquisition: Acquisition) -> 
         xml = domain_changes.changed(
             host, record, _original(record), kernel=kernel, boots_from=disk
         )
+        _require_no_saved_state(change, record)  # a fetch may have taken its time
         # What runs is not touched by that; only what libvirt has accepted takes its place.
         host.hypervisor.define(xml)
         host.hypervisor.destroy(change.uuid)
@@ -234,6 +239,14 @@ def _runs_rescue(change: Change, record: InstanceRecord) -> bool:
     return change.runs_on(next(disk for disk in record.disks if disk.role is Role.RESCUE))
 
 
+def _is_defined_for_rescue(change: Change, record: InstanceRecord) -> bool:
+    hypervisor = change.host.hypervisor
+    if hypervisor.state(change.uuid) is None:
+        return False
+    sources = domain_facts.sources_of(hypervisor.xml(change.uuid))
+    return any(str(disk.path) in sources for disk in record.disks if disk.role is Role.RESCUE)
+
+
 def _end(change: Change, cancellation: Cancellation) -> None:
     """Bring back what was; done already is fine."""
     host = change.host
@@ -242,6 +255,9 @@ def _end(change: Change, cancellation: Cancellation) -> None:
         return
     if _runs_rescue(change, record):
         host.hypervisor.destroy(change.uuid)
+    if _is_defined_for_rescue(change, record):
+        # As a host that goes down may leave it: the start would wake the rescue.
+        host.hypervisor.discard_saved_state(change.uuid)
     host.hypervisor.define(record.rescue.domain_xml)
     if record.rescue.was_running:
         host.hypervisor.start(change.uuid)

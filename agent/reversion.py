@@ -62,9 +62,12 @@ def reverted(
     if plan.domain_xml is not None:
         if change.runs_on(plan.root):
             hypervisor.destroy(change.uuid)
-        if plan.forgotten and _is_defined_on(change, plan.root):
-            # What the new domain's firmware and TPM may have kept is of no use to the old one.
-            hypervisor.undefine(change.uuid)
+        if _is_defined_on(change, plan.root):
+            # Its memory, if a host that went down has kept it, knows the new disk.
+            hypervisor.discard_saved_state(change.uuid)
+            if plan.forgotten:
+                # What its firmware and TPM may have kept is of no use to the old one.
+                hypervisor.undefine(change.uuid)
         hypervisor.define(plan.domain_xml)
         if plan.anew:
             hypervisor.set_starts_with_host(change.uuid, wanted=plan.starts_with_host)

@@ -161,6 +161,8 @@ def test_rescue_boots_another_image_with_the_original_disks_and_unrescue_brings_
     assert uuid in str(agent.json("image", "show", rescue_image)["instances"])
     assert "is being rescued" in agent.run("instance", "rescue", NAME).stderr
 
+    # As a host may leave it that has gone down meanwhile: nobody wants to wake that.
+    libvirtd.virsh("managedsave", NAME)
     ended = agent.json("instance", "unrescue", NAME)
 
     assert (ended["action"], ended["status"]) == ("unrescue", "ACTIVE")

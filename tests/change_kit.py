@@ -75,6 +75,22 @@ class Watching(Hypervisor):
         super().define(xml)
 
 
+class Waking(Hypervisor):
+    """As QEMU's driver: a start wakes what is suspended, which the test driver forgets."""
+
+    def start(self, uuid: str) -> None:
+        if self.has_saved_state(uuid):
+            raise AssertionError("what is suspended to disk is woken")
+        super().start(uuid)
+
+
+@pytest.fixture
+def waking() -> Iterator[Waking]:
+    hypervisor = Waking("test:///default", virt_type="test")
+    yield hypervisor
+    hypervisor.close()
+
+
 @pytest.fixture
 def refusing() -> Iterator[Refusing]:
     hypervisor = Refusing("test:///default", virt_type="test")

@@ -18,12 +18,14 @@ from agent.errors import (
     InvalidJob,
 )
 from agent.hypervisor import Hypervisor
+from agent.instances import InstanceRecord, Instances
 from agent.rebuild import rebuild
 from agent.recorder import Recorder
 from agent.report import Status
 from tests.cache_kit import random_bytes
 from tests.change_kit import (
     Refusing,
+    Waking,
     accepted,
     boot_id,
     files,
@@ -33,11 +35,12 @@ from tests.change_kit import (
     restarted,
     save,
     second_image,
+    waking,
     with_uefi,
 )
 from tests.site_kit import TEMPLATE, Site, site
 
-__all__ = ["refusing", "site"]
+__all__ = ["refusing", "site", "waking"]
 
 
 def test_rebuild_that_is_cancelled_before_it_begins_leaves_the_disk(site: Site) -> None:
@@ -368,3 +371,36 @@ def test_rebuild_gives_up_the_memory_that_knows_the_old_disk(site: Site) -> None
     request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
     rebuild(site.host, request, recorder, Cancellation())
     assert not site.hypervisor.has_saved_state(site.uuid)
+
+
+class CutOff(Instances):
+    """The agent is gone before it can take down that the new disks are the instance's."""
+
+    def write(self, record: InstanceRecord) -> Path:
+        if record.rebuilt_by is not None:
+            raise AgentStopping("enough")
+        return super().write(record)
+
+
+def test_way_back_from_a_rebuild_does_not_wake_what_knows_the_new_disk(
+    site: Site, waking: Waking
+) -> None:
+    site.run()
+    request, recorder = accepted(site, "rebuild", image={"id": second_image(site)})
+    job = queued(site, recorder)
+    cut_off = dataclasses.replace(site.host, instances=CutOff(site.kit.directory))
+    with pytest.raises(AgentStopping):
+        rebuild(cut_off, request, recorder, Cancellation())
+    assert sources_of(site.hypervisor.xml(site.uuid)) == {str(site.directory / "disk.rebuilt")}
+    save(site)  # by the host, which goes down too
+    enough = Cancellation()
+    enough.cancel(Cancelled("enough"))
+
+    host = dataclasses.replace(
+        site.host, hypervisor=waking, instances=Instances(site.kit.directory)
+    )
+    with pytest.raises(Cancelled):
+        rebuild(host, request, Recorder(site.journal, job), enough)
+
+    assert sources_of(waking.xml(site.uuid, live=True)) == {str(site.directory / "disk")}
+    assert not (site.directory / "disk.rebuilt").exists()

@@ -15,6 +15,7 @@ from agent.report import Status
 from agent.rescue import rescue, unrescue
 from tests.cache_kit import random_bytes
 from tests.change_kit import (
+    Waking,
     Watching,
     accepted,
     boot_id,
@@ -23,10 +24,11 @@ from tests.change_kit import (
     restarted,
     save,
     second_image,
+    waking,
 )
 from tests.site_kit import Site, site
 
-__all__ = ["site"]
+__all__ = ["site", "waking"]
 
 
 def test_rescue_that_a_crash_interrupts_goes_on_with_the_images_it_began_with(site: Site) -> None:
@@ -176,3 +178,36 @@ def test_rescue_on_a_bus_that_the_machine_does_not_have_is_refused_before_its_im
     with pytest.raises(ImageUnacceptable, match=r"hw_rescue_bus .* q35, has no IDE"):
         rescue(site.host, request, recorder, Cancellation())
     assert [opened for opened, _ in site.kit.source.opened].count("another") == 0
+
+
+def test_unrescue_does_not_wake_a_rescue_that_is_suspended_to_disk(
+    site: Site, waking: Waking
+) -> None:
+    site.run()
+    request, recorder = accepted(site, "rescue")
+    rescue(site.host, request, recorder, Cancellation())
+    save(site)
+    request, recorder = accepted(site, "unrescue")
+
+    unrescue(dataclasses.replace(site.host, hypervisor=waking), request, recorder, Cancellation())
+
+    assert sources_of(site.hypervisor.xml(site.uuid, live=True)) == {str(site.directory / "disk")}
+
+
+def test_rescue_that_fails_leaves_a_guest_alone_that_has_been_suspended_meanwhile(
+    site: Site,
+) -> None:
+    site.run()
+    image_id = second_image(site)
+    request, recorder = accepted(site, "rescue", image={"id": image_id})
+    touched = site.host.touch
+
+    def suspended_meanwhile(base: str) -> None:
+        touched(base)
+        save(site)
+
+    host = dataclasses.replace(site.host, touch=suspended_meanwhile)
+    with pytest.raises(InvalidJob, match="suspended to disk"):
+        rescue(host, request, recorder, Cancellation())
+    assert site.hypervisor.has_saved_state(site.uuid)
+    assert record(site).rescue is None
