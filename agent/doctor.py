@@ -45,8 +45,16 @@ _LIMIT_S: Final = 60.0
 others from being told."""
 
 
+class Stranger(PermissionError):
+    """Somebody asks who can see nothing of what the agent's user sees."""
+
+
 def become(user: str) -> Finding:
-    """Let this process, if it is root's, be the agent's user from now on."""
+    """Let this process, if it is root's, be the agent's user from now on.
+
+    Raises:
+        Stranger: it is neither root's nor that user's.
+    """
     try:
         account = pwd.getpwnam(user)
     except KeyError:
@@ -60,10 +68,10 @@ def become(user: str) -> Finding:
         os.setresgid(account.pw_gid, account.pw_gid, account.pw_gid)
         os.setresuid(account.pw_uid, account.pw_uid, account.pw_uid)
     if os.geteuid() != account.pw_uid:
-        return warning(
-            "user",
-            f"this is what uid {os.geteuid()} sees, and the agent is {user}",
-            "run the doctor as root",
+        # What is shut to others would look like a defect, and the hints would open it.
+        raise Stranger(
+            f"the doctor looks at what {user} may do: run it as root, or as {user} itself; "
+            "'bootwright status' is for whoever may use the socket"
         )
     return ok("user", f"all below is what {user} sees")
 

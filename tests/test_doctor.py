@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pwd
 import shutil
 import threading
 import time
@@ -17,6 +18,7 @@ from oslo_config import cfg
 from agent import claims, doctor
 from agent.checks import filesystem, host, ok, outside
 from agent.cli import main
+from agent.commands import doctor as doctor_command
 from agent.config import Configuration
 from agent.directory import DirectorySource
 from agent.disk import DiskType, Link
@@ -129,6 +131,19 @@ def test_an_unknown_option_is_a_warning(configure: Configure) -> None:
 
 def test_a_user_that_does_not_exist_is_an_error() -> None:
     assert doctor.become("nobody-of-that-name").result is Result.ERROR
+
+
+def test_a_stranger_is_sent_away_and_not_told_to_open_what_is_shut() -> None:
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(pwd.getpwnam("nobody").pw_uid)
+    try:
+        result = CliRunner().invoke(doctor_command.doctor, ["--user", "root"])
+    finally:
+        os.seteuid(own)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "run it as root" in result.stderr
 
 
 def run(*arguments: str) -> tuple[int, str]:

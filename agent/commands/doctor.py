@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from agent.commands.command import Command, Exit, Invocation, invocation
+from agent.commands.command import Command, Exit, Failure, Invocation, invocation
 from agent.commands.output import emit, rows
 from agent.views import Finding, Result
 
@@ -28,10 +28,13 @@ def doctor(call: Invocation, *, user: str) -> None:
     from agent import doctor as examination  # noqa: PLC0415
     from agent.config import Configuration  # noqa: PLC0415
 
+    try:
+        found = [examination.become(user)]
+    except examination.Stranger as e:
+        raise Failure(str(e)) from e
     # What a part has to log is what a check has to tell.
     logging.disable(logging.CRITICAL)
     try:
-        found = [examination.become(user)]
         found += examination.examine(
             lambda: Configuration(call.config_file, call.config_dir),
             socket=None if call.socket is None else Path(call.socket).absolute(),
