@@ -331,6 +331,9 @@ def _input_bus(properties: Mapping[str, str]) -> InputBus | None:
     return bus or (InputBus.USB if tablet else None)
 
 
+_PAGES_KIB: Final = (4, 2 << 10, 1 << 20)
+"""The sizes that an x86 processor knows."""
+
 _PAGE_UNITS: Final = {"": 1, "kb": 1, "mb": 1 << 10, "gb": 1 << 20}
 
 
@@ -342,9 +345,9 @@ def _huge_pages(properties: Mapping[str, str]) -> int | None:
     if text == "large":
         return 0
     size = re.fullmatch(r"([0-9]{1,9})\s*(kb|mb|gb|)", text)
-    if size is None or (kib := int(size[1]) * _PAGE_UNITS[size[2]]) < 4:
+    if size is None or (kib := int(size[1]) * _PAGE_UNITS[size[2]]) not in _PAGES_KIB:
         raise refused(
-            "hw_mem_page_size", text, "known are small, any, large and sizes such as 2048 or 1GB"
+            "hw_mem_page_size", text, "known are small, any, large, 4, 2048 (or 2MB), 1GB"
         )
     return None if kib == 4 else kib
 

@@ -80,6 +80,7 @@ def test_properties_are_read_without_regard_to_case() -> None:
         {"hw_input_bus": "ps2"},
         {"hw_mem_page_size": "2"},
         {"hw_mem_page_size": "huge"},
+        {"hw_mem_page_size": "4MB"},
         {"hw_video_ram": "lots"},
     ],
 )
