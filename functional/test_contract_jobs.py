@@ -107,6 +107,7 @@ def test_raw_disks_are_full_copies(agent: Agent, images: Images, guest: Guest) -
 def test_disks_without_a_domain(
     agent: Agent, images: Images, libvirtd: PrivateLibvirtd, fields: dict[str, Any]
 ) -> None:
+    agent.json("image", "fetch", images.root)  # stays
     leftovers = Leftovers(agent, libvirtd)
     result = agent.boot(job("disks-only", images.root, **fields))
 
