@@ -54,6 +54,7 @@ def run(settings: Settings, reload: Callable[[], None]) -> int:
         systemd.stopping()
         systemd.extend_timeout(settings.drain_timeout_s + CLOSING_S)
         parts.stop(settings.drain_timeout_s)
+        privileges.stop_helpers()
 
 
 def _listen_for_wishes() -> "queue.SimpleQueue[Wish]":

@@ -12,8 +12,9 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +32,9 @@ _OWN_THREADS: Final = Path("/proc/self/task")
 # CapBnd is no privilege: it limits what a set-uid program could gain, and the
 # unit's NoNewPrivileges= has already made that nothing.
 _CAPABILITY_SETS: Final = ("CapInh", "CapPrm", "CapEff", "CapAmb")
+
+_END_LIMIT_S: Final = 2.0
+_POLL_S: Final = 0.01
 
 _EX_OSERR: Final = 71
 """Exit status of a helper that could not start, from sysexits.h."""
@@ -118,6 +122,31 @@ def on_helper_exit(callback: Callable[[], None]) -> None:
                 name=f"{context.cfg_section}-watch",
                 daemon=True,
             ).start()
+
+
+def stop_helpers(limit_s: float = _END_LIMIT_S) -> None:
+    """Let the forked helpers end, and wait for it: systemd kills what is left, and says so.
+
+    Belongs at the very end of the agent, when all else that it started has
+    ended. A helper that hangs, as it can on a network file system, is left
+    behind after `limit_s` seconds.
+    """
+    deadline = time.monotonic() + limit_s
+    for context in _started:
+        if not context.conf.helper_command:
+            closing = threading.Thread(target=_close, args=(context,), daemon=True)
+            closing.start()
+            closing.join(max(0.0, deadline - time.monotonic()))
+    # A process closes its socket before it has ended.
+    with suppress(ChildProcessError):
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(_POLL_S)
+
+
+def _close(context: HelperContext) -> None:
+    with suppress(OSError):  # it is gone
+        context.stop()
 
 
 def _watch(reader: threading.Thread, callback: Callable[[], None]) -> None:

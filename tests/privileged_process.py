@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from privsep import base_images, base_owner, lvm, volumes
 
 FOREIGN = "0d5e6b61602d758984b3bf038267614d6016eb2a"
 WAIT_S = 10.0
+HUNG_S = 0.2
 
 
 def holdings() -> dict[str, list[str]]:
@@ -92,6 +94,26 @@ def die() -> dict[str, object]:
         "calls": [refusal(FOREIGN), refusal(FOREIGN)],
         "children": children(),
     }
+
+
+def stop() -> dict[str, object]:
+    """Stop both helpers, one of which is dead, and call one all the same."""
+    privileges.start_helpers([base_owner, volumes])
+    started = children()
+    os.kill(min(started), signal.SIGKILL)
+    privileges.stop_helpers(WAIT_S)
+    return {"started": len(started), "left": children(), "call": refusal(FOREIGN)}
+
+
+def hung() -> dict[str, object]:
+    """Stop a helper that does not end."""
+    privileges.start_helpers()
+    os.kill(helper(), signal.SIGSTOP)
+    began = time.monotonic()
+    privileges.stop_helpers(HUNG_S)
+    took_s = time.monotonic() - began
+    os.kill(helper(), signal.SIGKILL)
+    return {"took_s": took_s}
 
 
 def interrupted() -> dict[str, object]:
@@ -171,6 +193,8 @@ def main() -> None:
     scenarios: dict[str, Callable[..., dict[str, object]]] = {
         "touch": touch,
         "die": die,
+        "stop": stop,
+        "hung": hung,
         "interrupted": interrupted,
         "early_thread": early_thread,
         "start": start,

@@ -11,10 +11,12 @@ import pytest
 
 from agent import privileges
 from tests import service_user
+from tests.waiting import AT_ONCE_S
 
 PROGRAM = Path(__file__).with_name("privileged_process.py")
 FOREIGN = "0d5e6b61602d758984b3bf038267614d6016eb2a"
 QEMU_USER = "libvirt-qemu"
+ALL_CAPABILITIES = "fowner,+dac_override,+sys_admin"
 
 
 @pytest.fixture
@@ -102,6 +104,17 @@ def test_dead_helper_is_noticed_and_never_replaced_through_sudo(instances: Path)
     }
 
 
+def test_helpers_that_are_stopped_are_gone_and_leave_nothing_to_kill(instances: Path) -> None:
+    result, log = observe(instances, "stop", capability=ALL_CAPABILITIES)
+    assert result == {"started": 2, "left": [], "call": "ConnectionError"}
+    assert "Traceback" not in log
+
+
+def test_a_helper_that_hangs_is_not_waited_for(instances: Path) -> None:
+    result, _ = observe(instances, "hung")
+    assert 0.2 <= result["took_s"] < AT_ONCE_S
+
+
 def test_helper_survives_what_the_terminal_sends_to_the_agent(instances: Path) -> None:
     result, _ = observe(instances, "interrupted")
     assert result == {"after": "", "blocked_here": []}
@@ -120,8 +133,7 @@ def test_without_the_capability_the_agent_runs_and_says_what_is_missing(instance
 
 
 def test_each_helper_holds_what_is_its_own_and_the_agent_nothing(instances: Path) -> None:
-    capability = "fowner,+dac_override,+sys_admin"
-    result, log = observe(instances, "both", capability=capability)
+    result, log = observe(instances, "both", capability=ALL_CAPABILITIES)
     assert result["helpers"] == [
         ["CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_SYS_ADMIN"],
         ["CAP_FOWNER"],
