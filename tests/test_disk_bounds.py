@@ -56,7 +56,7 @@ def disk(size: int, written: list[tuple[int, int]]) -> bytes:
 
 
 @given(variant=st.sampled_from(VARIANTS), size=sizes, written=pieces)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_qemu_img_makes_is_whole(
     variant: tuple[str, str], size: int, written: list[tuple[int, int]]
 ) -> None:
@@ -71,7 +71,7 @@ def test_what_qemu_img_makes_is_whole(
     written=pieces,
     kept=st.floats(0, 1) | st.integers(-3 * MIB, -1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_was_cut_is_refused_or_all_there(
     variant: tuple[str, str], size: int, written: list[tuple[int, int]], kept: float
 ) -> None:

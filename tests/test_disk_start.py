@@ -124,7 +124,7 @@ def _image(format_: str, options: str) -> bytes:
     ),
     missing=st.integers(0, MIB),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_bytes_make_it_stumble(
     variant: tuple[str, str],
     edits: list[tuple[int, bytes]],

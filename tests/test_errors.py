@@ -2,14 +2,13 @@
 
 import re
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import ImageUnacceptable, printable
 
 
 @given(st.text(st.characters()))
-@settings(deadline=None)
 def test_messages_hold_nothing_a_terminal_would_act_upon(text: str) -> None:
     error = ImageUnacceptable(f"image {text}", text)
     for said in (error.message, error.hint, str(error)):

@@ -447,7 +447,7 @@ def test_a_header_cut_short_is_refused(
 
 
 @given(data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_bytes_make_it_stumble(data: st.DataObject) -> None:
     magic = data.draw(st.sampled_from((b"QFI\xfb", b"KDMV\1\0\0\0", b"vhdxfile", b"conectix", b"")))
     claim = data.draw(st.sampled_from(("qcow2", "vmdk", "vhdx", "vhd", "vdi", "raw", "iso")))

@@ -154,7 +154,7 @@ class Stage:
         }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(scene=_SCENES)
 def test_gc_does_on_disk_what_its_dry_run_says_and_takes_nothing_in_use(scene: Scene) -> None:
     with tempfile.TemporaryDirectory() as directory:

@@ -28,7 +28,6 @@ MIB = 1 << 20
 
 many = settings(
     max_examples=int(os.environ.get("BOOTWRIGHT_DECODER_EXAMPLES", "60")),
-    deadline=None,
     # Each example writes its files anew.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -35,7 +35,7 @@ def allocated(path: Path) -> int:
 
 
 @given(pieces, st.sampled_from((1_000, 20_000, 262_144, 1_000_003, 3 * MIB)), st.integers(0, 9000))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_sparsely_reads_back(
     tmp_path: Path, pieces: list[tuple[bytes, int]], step: int, offset: int
 ) -> None:
