@@ -2,10 +2,12 @@
 
 import logging
 
-from agent import domain_xml
+from agent import domain_facts, domain_xml
 from agent.backends import HeldElsewhere
 from agent.cancellation import Cancellation
+from agent.change import is_running
 from agent.disk import Home
+from agent.errors import InvalidJob
 from agent.host import Host
 from agent.instances import InstanceRecord
 
@@ -21,6 +23,7 @@ def remove_instance(
     `remove_disks`.
 
     Raises:
+        InvalidJob: such a domain runs on the disks; they are all there.
         HypervisorError: libvirt is away or refuses; the disks are all there.
         BackendError: a file cannot be removed.
     """
@@ -28,7 +31,9 @@ def remove_instance(
     if mark is not None and domain_xml.job_of(mark) == record.job_id:
         host.hypervisor.destroy(record.uuid)
         host.hypervisor.undefine(record.uuid)
-    elif host.hypervisor.state(record.uuid) is not None:
+    elif (state := host.hypervisor.state(record.uuid)) is not None:
+        if is_running(state):
+            _require_unused(host, record)
         LOG.warning(
             "libvirt has a domain %s that job %s of instance %s did not define; it is left alone",
             record.uuid,
@@ -36,6 +41,17 @@ def remove_instance(
             record.name,
         )
     remove_disks(host, record, cancellation, undoing=undoing)
+
+
+def _require_unused(host: Host, record: InstanceRecord) -> None:
+    found = domain_facts.sources_of(host.hypervisor.xml(record.uuid, live=True))
+    for disk in record.disks:
+        if str(disk.path) in found:
+            raise InvalidJob(
+                f"domain {record.uuid} runs on {disk.path}, and job {record.job_id} of instance "
+                f"{record.name} did not define it",
+                f"end it first: virsh destroy {record.uuid}",
+            )
 
 
 def remove_disks(

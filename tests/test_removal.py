@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from agent.cancellation import Cancellation
-from agent.errors import HypervisorError
+from agent.errors import HypervisorError, InvalidJob
 from agent.hypervisor import Hypervisor
 from agent.instances import Instances
 from agent.removal import remove_instance
@@ -48,6 +48,23 @@ def test_delete_leaves_a_domain_alone_that_another_tool_defined(
     assert site.hypervisor.state(site.uuid) == "shut off"
     assert not site.directory.exists()
     assert site.uuid in caplog.text
+
+
+def test_delete_takes_no_disk_from_under_a_domain_that_another_tool_defined(site: Site) -> None:
+    site.run(action="prepare")
+    disk = site.directory / "disk"
+    devices = f"<devices><disk><source file='{disk}'/><target dev='vda'/></disk></devices>"
+    xml = site.foreign_domain()
+    site.hypervisor.define(xml.replace("</domain>", f"{devices}</domain>"))
+    site.hypervisor.start(site.uuid)
+
+    with pytest.raises(InvalidJob, match=f"runs on {disk}"):
+        remove_instance(site.host, site.kit.instances.find(site.uuid), Cancellation())
+    assert disk.exists()
+
+    site.hypervisor.destroy(site.uuid)
+    remove_instance(site.host, site.kit.instances.find(site.uuid), Cancellation())
+    assert not disk.exists()
 
 
 def test_instance_whose_domain_cannot_be_asked_for_keeps_its_disks(
