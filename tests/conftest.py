@@ -1,7 +1,13 @@
-"""What holds for all tests: Hypothesis gives no example a time, which other work would take."""
+"""What holds for all tests: Hypothesis judges none by a time, which other work would take."""
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# On top of what is in force, which is another profile where CI is set.
-settings.register_profile("unhurried", settings.default, deadline=None)
+# What is in force so far; where CI is set, that is a profile of its own.
+_before = settings()
+settings.register_profile(
+    "unhurried",
+    _before,
+    deadline=None,
+    suppress_health_check=[*_before.suppress_health_check, HealthCheck.too_slow],
+)
 settings.load_profile("unhurried")
