@@ -92,6 +92,8 @@ class Change:
     def require_own_disks(self, record: InstanceRecord) -> None:
         """Return if each disk of the instance that its domain has is the one the record tells of.
 
+        But for those that no guest can write to: another medium in a drive is no loss.
+
         What is defined anew has those of the record. To start it without what a snapshot has
         taken since would lose that, and spoil what stands on them.
 
@@ -103,7 +105,7 @@ class Change:
             found = domain_facts.sources_by_device(hypervisor.xml(self.uuid, live=live))
             for disk in record.disks:
                 source = found.get(disk.device_name or "", str(disk.path))
-                if source != str(disk.path):
+                if source != str(disk.path) and not disk.read_only:
                     raise InvalidJob(
                         f"disk {disk.device_name} of instance {record.name} is {source} in its "
                         f"domain, not {disk.path}: somebody has made a snapshot, or moved it",

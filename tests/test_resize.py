@@ -206,3 +206,17 @@ def test_instance_that_runs_on_a_snapshot_is_not_put_back_before_it(
 
     assert (site.hypervisor.xml(site.uuid), record(site)) == before
     assert [opened for opened, _ in site.kit.source.opened].count("another") == 0
+
+
+def test_another_medium_in_the_drive_of_the_config_drive_is_no_obstacle(site: Site) -> None:
+    image = dataclasses.replace(site.image, properties={"hw_cdrom_bus": "sata"})
+    site.kit.source.images[image.id] = image
+    instance = {"name": site.name, "uuid": site.uuid, "config_drive": True}
+    site.run(libvirt={"start": False}, instance=instance)
+    xml = site.hypervisor.xml(site.uuid)
+    site.hypervisor.define(xml.replace("/disk.config'", "/tools.iso'"))
+
+    after = resized(site, vcpus=2)
+
+    sources = after.iterfind("devices/disk/source")
+    assert [Path(source.get("file", "")).name for source in sources] == ["disk", "disk.config"]
