@@ -1,7 +1,6 @@
 """qcow2 headers: ours judged by qemu-img, others' judged by ours."""
 
 import json
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -12,8 +11,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from agent import qcow2
+from tests.qemu_images import needs_qemu_img
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img")
+pytestmark = needs_qemu_img
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -52,9 +52,7 @@ geometries = st.one_of(
 
 
 @given(sizes, geometries, st.sampled_from(("raw", "qcow2")), st.integers(1, 3))
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 def test_qemu_finds_nothing_wrong_with_an_overlay(
     tmp_path: Path, size: int, geometry: qcow2.Geometry, backing_format: str, depth: int
 ) -> None:
@@ -261,7 +259,7 @@ def test_a_broken_header_is_refused_by_its_rule(
 
 
 @given(st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_bytes_make_the_parser_stumble(tmp_path: Path, data: st.DataObject) -> None:
     header = good_header(tmp_path)
     for _ in range(data.draw(st.integers(1, 6))):

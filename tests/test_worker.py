@@ -13,7 +13,8 @@ from agent.journal import Journal
 from agent.recorder import Recorder
 from agent.report import JobReport, Status, TaskState
 from agent.worker import Worker
-from tests.worker_kit import LIMIT_S, UUID, Host, entries, host, no_file_grows, until
+from tests.waiting import LIMIT_S, until
+from tests.worker_kit import UUID, Host, entries, host, no_file_grows
 
 __all__ = ["entries", "host"]
 

@@ -6,7 +6,8 @@ from agent.cancellation import Cancellation
 from agent.journal import Job, Journal
 from agent.report import Status
 from agent.worker import Worker
-from tests.worker_kit import LIMIT_S, UUID, Host, entries, host, no_file_grows, until
+from tests.waiting import LIMIT_S, until
+from tests.worker_kit import UUID, Host, entries, host, no_file_grows
 
 __all__ = ["entries", "host"]
 

@@ -4,10 +4,9 @@ import logging
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -19,11 +18,9 @@ from agent.journal import Journal, digest_of
 from agent.recorder import Recorder
 from agent.report import JobReport, Status, TaskState
 from agent.worker import Worker
+from tests.waiting import LIMIT_S, until
 
 UUID = "0b46a3c6-25a5-4b9c-8b3c-9f4dd5a5a2f1"
-LIMIT_S = 20.0
-
-T = TypeVar("T")
 
 
 class Work:
@@ -127,14 +124,6 @@ class Host:
         return until(
             lambda: report if (report := self.journal.get(job_id).report).status.final else None
         )
-
-
-def until(condition: Callable[[], T | None]) -> T:
-    ends = time.monotonic() + LIMIT_S
-    while not (said := condition()):
-        assert time.monotonic() < ends
-        time.sleep(0.005)
-    return said
 
 
 @pytest.fixture
