@@ -35,15 +35,18 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -qy
 # $(call apt,arguments): silent, unless it fails.
 apt = $(APT) $(1) >$(APT_LOG) 2>&1 || { tail -20 $(APT_LOG); echo "apt-get failed, see $(APT_LOG)"; exit 1; }
 
-.PHONY: help demo test lint types unit functional campaign docs clean
+.PHONY: help root demo test lint types unit functional campaign docs clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
 
-demo: | $(PACKAGES) $(INSTALLED)
+root:
+	@[ "$$(id -u)" = 0 ] || { echo "run it as root: it starts libvirtd and becomes other users"; exit 1; }
+
+demo: | root $(PACKAGES) $(INSTALLED)
 	@$(VENV)/bin/python -m functional.demo
 
-test: | $(PACKAGES)
+test: | root $(PACKAGES)
 	@$(TOX) -e lint,types,py311,functional
 	@echo "make test: lint, types, unit and functional tests passed"
 
@@ -54,12 +57,12 @@ lint types docs: | $(PACKAGES)
 unit: | $(PACKAGES)
 	@$(TOX) -e py311 -- tests $(ARGS)
 
-functional: | $(PACKAGES)
+functional: | root $(PACKAGES)
 	@$(TOX) -e functional -- functional $(ARGS)
 
 # An hour or two. ARGS="-k twin", for example, is a part of it.
 campaign: export BOOTWRIGHT_CAMPAIGN := whole
-campaign: | $(PACKAGES)
+campaign: | root $(PACKAGES)
 	@$(TOX) -e functional -- functional/test_campaign.py $(ARGS)
 
 # Debian packages. bindep itself comes from a virtualenv, which needs python3-venv. The package
