@@ -1,5 +1,6 @@
 """Booting from the command line, from a file or from flags."""
 
+import contextlib
 import json
 import os
 import pty
@@ -168,6 +169,27 @@ def test_validate_needs_no_agent(job_file: Path) -> None:
     assert "did you mean deadline_s?" in result.stderr
     assert "Hint: the fields are in docs/job.md" in result.stderr
     assert "job validate" not in result.stderr
+
+
+def test_what_may_be_copied_is_not_cut_to_the_width_of_the_terminal(
+    listener: Listener, socket_path: Path, service: FakeService
+) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*PROGRAM, "--socket", str(socket_path), "boot", *FLAGS],
+        env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "40"},
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(theirs)
+    screen = bytearray()
+    with contextlib.suppress(OSError):  # the other end is closed
+        while True:
+            screen += os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait(LIMIT_S) == 0
+    (job_id,) = service.all_jobs
+    assert job_id.encode() in screen
 
 
 def test_on_a_terminal_one_line_shows_phase_bytes_and_rate(

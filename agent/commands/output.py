@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from agent.commands.command import Format, Invocation
 from agent.errors import printable
@@ -44,14 +45,20 @@ def rows(headers: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
 
 
 def pairs(lines: Iterable[tuple[str, object]]) -> None:
-    """Print `name  value`, a line each; those without a value are left out."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in lines:
-        if text := _text(value):
-            table.add_row(escape(name), escape(text))
-    _print(table)
+    """Print `name  value`, a line each; those without a value are left out.
+
+    A terminal breaks what is too long, so that a path can be copied off it.
+    """
+    kept = [(name, text) for name, value in lines if (text := _text(value))]
+    width = max((len(name) for name, _ in kept), default=0)
+    console = Console(highlight=False) if sys.stdout.isatty() else None
+    for name, text in kept:
+        indented = text.replace("\n", "\n" + " " * (width + 2))
+        if console is None:
+            click.echo(f"{name:{width}}  {indented}")
+        else:
+            line = Text.assemble((f"{name:{width}}", "bold"), f"  {indented}")
+            console.print(line, soft_wrap=True)
 
 
 def size(count: float | None) -> str:
