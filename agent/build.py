@@ -292,7 +292,7 @@ class Build:
             self._home,
             instance=self._instance,
             flavor=self._flavor,
-            networks=networks,
+            networks=networks if networks or self._wants_no_card else None,
             formats=self._host.defaults.formats,
         )
 
@@ -320,6 +320,12 @@ class Build:
             DEFAULT_NETWORK,
         )
         return ()
+
+    @property
+    def _wants_no_card(self) -> bool:
+        template = self._request.libvirt.domain_xml
+        brought = template is not None and domain_xml.has_interface(template)
+        return self._request.networks == () and not brought
 
     def _domain_xml(
         self, record: InstanceRecord, hardware: Hardware, networks: Sequence[Network]

@@ -55,12 +55,13 @@ class ConfigDrive:
         name: str,
         metadata: Mapping[str, str],
         user_data: str | None,
-        networks: Sequence[Network],
+        networks: Sequence[Network] | None,
     ) -> None:
         """`networks` have their MAC addresses.
 
-        Without any there is no network document: to cloud-init an empty one
-        means to configure nothing, a missing one to try DHCP on whatever there is.
+        None if nobody knows what cards there will be; then there is no network document: to
+        cloud-init an empty one means to configure nothing, a missing one to try DHCP on
+        whatever there is.
         """
         self._datasource = datasource
         self._uuid = instance_uuid
@@ -91,7 +92,7 @@ class ConfigDrive:
             },
             "vendor_data.json": {},
         }
-        if self._networks:
+        if self._networks is not None:
             documents["network_data.json"] = _network_data(self._networks)
         found = {
             f"{_LATEST}/{name}": json.dumps(document, sort_keys=True).encode()
@@ -109,7 +110,7 @@ class ConfigDrive:
                 **({"meta": self._metadata} if self._metadata else {}),
             },
         }
-        if self._networks:
+        if self._networks is not None:
             documents["network-config"] = _network_config(self._networks)
         found = {
             name: yaml.safe_dump(document, allow_unicode=True).encode()

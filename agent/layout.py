@@ -51,10 +51,10 @@ class Layout:
         *,
         instance: Instance,
         flavor: Flavor,
-        networks: Sequence[Network],
+        networks: Sequence[Network] | None,
         formats: Formats,
     ) -> None:
-        """`networks` have their MAC addresses."""
+        """`networks` have their MAC addresses; None if nobody knows them."""
         self._backends = backends
         self._home = home
         self._instance = instance

@@ -159,3 +159,22 @@ def test_overlay_that_cannot_be_made_leaves_no_instance(site: Site, on_failure: 
         site.run(replace(site.host, backends=backends), on_failure=on_failure)
     assert site.kit.instances.all() == []
     assert not site.kit.instances.directory_of(site.uuid).exists()
+
+
+@pytest.mark.parametrize(
+    ("networks", "template", "told"),
+    [
+        ([], "<domain/>", True),
+        ([{"bridge": "br0"}], "<domain/>", True),
+        ([], "<domain><devices><interface type='user'/></devices></domain>", False),
+        (None, "<domain><devices><interface type='user'/></devices></domain>", False),
+    ],
+)
+def test_config_drive_tells_of_the_cards_there_are_if_all_are_known(
+    site: Site, networks: list[dict[str, str]] | None, template: str, told: bool
+) -> None:
+    instance = {"name": site.name, "uuid": site.uuid, "config_drive": True}
+    libvirt = {"define": False, "start": False, "domain_xml": template}
+    site.run(instance=instance, networks=networks, libvirt=libvirt)
+    drive = (site.directory / "disk.config").read_bytes()
+    assert (b'"services": []' in drive) is told

@@ -18,7 +18,7 @@ ISO, VFAT = ConfigDriveFormat.ISO9660, ConfigDriveFormat.VFAT
 
 def drive(
     user_data: str | None = "#!/bin/sh\necho ü\n",
-    networks: tuple[Network, ...] = NETWORKS,
+    networks: tuple[Network, ...] | None = NETWORKS,
     datasource: Datasource = Datasource.OPENSTACK,
 ) -> ConfigDrive:
     return ConfigDrive(
@@ -113,7 +113,7 @@ def test_guest_finds_a_nocloud_seed(way: str, format_: ConfigDriveFormat, tmp_pa
 
 
 def test_nocloud_seed_has_user_data_even_if_nobody_gave_any() -> None:
-    seed = drive(user_data=None, networks=(), datasource=Datasource.NOCLOUD)
+    seed = drive(user_data=None, networks=None, datasource=Datasource.NOCLOUD)
     assert seed.files["user-data"] == b""
     assert sorted(seed.files) == ["meta-data", "user-data"]
 
@@ -128,10 +128,21 @@ def test_guest_finds_the_drive_by_its_label(
 
 
 def test_what_is_not_given_is_not_there() -> None:
-    assert sorted(drive(user_data=None, networks=()).files) == [
+    assert sorted(drive(user_data=None, networks=None).files) == [
         "openstack/latest/meta_data.json",
         "openstack/latest/vendor_data.json",
     ]
+
+
+def test_guest_without_cards_is_told_so() -> None:
+    files = drive(networks=()).files
+    assert json.loads(files["openstack/latest/network_data.json"]) == {
+        "links": [],
+        "networks": [],
+        "services": [],
+    }
+    seed = drive(networks=(), datasource=Datasource.NOCLOUD).files
+    assert yaml.safe_load(seed["network-config"]) == {"version": 2, "ethernets": {}}
 
 
 def test_content_and_size_are_the_same_each_time() -> None:
