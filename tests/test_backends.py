@@ -327,8 +327,13 @@ def test_disk_whose_space_is_not_there_is_not_preallocated(flat: FileSite) -> No
         generated(site, b"y", 1 << 43)
 
 
-def test_preallocated_disk_grows_with_its_space_or_not_at_all(flat: FileSite) -> None:
-    site = dataclasses.replace(flat, backend=Flat(preallocate=True))
+@pytest.mark.parametrize(
+    "backend", [Flat(preallocate=True), Qcow2(QemuImg(), preallocate=True)], ids=["flat", "qcow2"]
+)
+def test_preallocated_disk_grows_with_its_space_or_not_at_all(
+    backend: Backend, flat: FileSite
+) -> None:
+    site = dataclasses.replace(flat, backend=backend)
     content = base(site)
     disk = site.backend.grow(prepared(site, content), 20 * MIB)
     assert disk.native_io
@@ -336,7 +341,7 @@ def test_preallocated_disk_grows_with_its_space_or_not_at_all(flat: FileSite) ->
     assert site.read(disk) == content.path.read_bytes() + bytes(17 * MIB)
     with pytest.raises(InsufficientFreeSpace, match="preallocating"):
         site.backend.grow(disk, 1 << 43)
-    assert disk.path.stat().st_size == 20 * MIB
+    assert info(disk)["virtual-size"] == 20 * MIB
 
 
 @pytest.mark.parametrize("earlier", [True, False], ids=["preallocated", "sparse"])

@@ -49,6 +49,7 @@ class Qcow2(OverlayBackend):
             virtual_size=virtual_size,
             base_name=base.name,
             backing_chain=(Link(path=base.path, format=base.format),),
+            native_io=self._preallocate,
         )
 
     def prepare(self, disk: Disk, base: Base, cancellation: Cancellation) -> None:
@@ -82,12 +83,15 @@ class Qcow2(OverlayBackend):
 
     def grow(self, disk: Disk, virtual_size: int) -> Disk:
         disk_file.check_grows(disk, virtual_size)
+        grown = dataclasses.replace(disk, virtual_size=virtual_size)
+        if self._preallocate:
+            disk_file.preallocate(grown)  # while the disk still is as it was if that fails
         backing = [link.path for link in disk.backing_chain]
         try:
             self._qemu_img.grow(disk.path, "qcow2", virtual_size, backing=backing)
         except OSError as e:
             raise BackendError(f"growing {disk.path} to {virtual_size} bytes: {e}") from e
-        return dataclasses.replace(disk, virtual_size=virtual_size)
+        return grown
 
     def remove(self, disk: Disk, home: Home, _cancellation: Cancellation, /) -> None:
         disk_file.remove(disk, home)
