@@ -62,7 +62,7 @@ _DEFAULT: Final[list[cfg.Opt]] = [
             ("space", "when the disk is made, all of it; for qcow2 and raw disks"),
         ],
         help="When the space of a disk is taken from the filesystem. With space a raw disk shares "
-        "no blocks with its base, and QEMU leaves its input and output to the kernel (io=native) "
+        "no blocks with its base, and QEMU leaves the I/O of such disks to the kernel (io=native) "
         "if the cache mode allows that. What a disk gains by a resize while its guest runs is not "
         "taken.",
     ),
