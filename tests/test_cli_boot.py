@@ -171,12 +171,14 @@ def test_validate_needs_no_agent(job_file: Path) -> None:
     assert "job validate" not in result.stderr
 
 
+@pytest.mark.parametrize("command", [("job", "list"), ("job", "show", "{}"), ("job", "events")])
 def test_what_may_be_copied_is_not_cut_to_the_width_of_the_terminal(
-    listener: Listener, socket_path: Path, service: FakeService
+    cli: Cli, socket_path: Path, service: FakeService, command: tuple[str, ...]
 ) -> None:
+    job_id = cli("boot", *FLAGS, "--no-wait").stdout.strip()
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [*PROGRAM, "--socket", str(socket_path), "boot", *FLAGS],
+        [*PROGRAM, "--socket", str(socket_path), *(word.format(job_id) for word in command)],
         env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "40"},
         stdout=theirs,
         stderr=subprocess.DEVNULL,
@@ -188,8 +190,9 @@ def test_what_may_be_copied_is_not_cut_to_the_width_of_the_terminal(
             screen += os.read(ours, 4096)
     os.close(ours)
     assert process.wait(LIMIT_S) == 0
-    (job_id,) = service.all_jobs
-    assert job_id.encode() in screen
+    assert job_id in screen.decode()
+    plain = re.sub(r"\x1b\[[0-9]*m", "", screen.decode())
+    assert [line for line in plain.splitlines() if line.endswith(" ")] == []
 
 
 def test_on_a_terminal_one_line_shows_phase_bytes_and_rate(

@@ -1,6 +1,7 @@
 """Results on standard output: one JSON or YAML document, or a table for people."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -17,8 +18,11 @@ from rich.text import Text
 from agent.commands.command import Format, Invocation
 from agent.errors import printable
 
-_PIPE_WIDTH: Final = 10_000
-"""Columns on a pipe: programs that read tables want no line broken."""
+_UNBROKEN: Final = 10_000
+"""Columns on a pipe: programs that read tables want no line broken, and people no id."""
+
+_FILLING: Final = re.compile(r" +(\x1b\[0m)?$", re.MULTILINE)
+"""Spaces at the end of a line, which may be bold."""
 
 
 def emit(invocation: Invocation, document: object, table: Callable[[], None]) -> None:
@@ -33,15 +37,22 @@ def emit(invocation: Invocation, document: object, table: Callable[[], None]) ->
 
 
 def rows(headers: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
-    """Print a table with a header."""
+    """Print a table with a header; on a terminal with room for the others the last column folds."""
     table = Table(
         *(escape(name) for name in headers), box=None, pad_edge=False, header_style="bold"
     )
     for column in table.columns:
-        column.overflow = "fold"
+        column.no_wrap = column is not table.columns[-1]
     for line in lines:
         table.add_row(*(escape(_text(cell)) for cell in line))
-    _print(table)
+    console = Console(highlight=False)
+    options = console.options.update(max_width=_UNBROKEN)
+    if not sys.stdout.isatty() or console.measure(table, options=options).minimum > console.width:
+        console = Console(highlight=False, width=_UNBROKEN)
+    with console.capture() as captured:
+        console.print(table)
+    # rich fills every line up to the table's width, which may be that of its longest line.
+    click.echo(_FILLING.sub(r"\1", captured.get()), nl=False)
 
 
 def pairs(lines: Iterable[tuple[str, object]]) -> None:
@@ -78,17 +89,6 @@ def instant(epoch: float | None) -> str:
     if epoch is None:
         return ""
     return datetime.fromtimestamp(epoch).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _print(table: Table) -> None:
-    if sys.stdout.isatty():
-        Console(highlight=False).print(table)
-        return
-    console = Console(highlight=False, width=_PIPE_WIDTH)
-    with console.capture() as captured:
-        console.print(table)
-    # rich fills every line up to the table's width, which here is that of its longest line.
-    click.echo("\n".join(line.rstrip() for line in captured.get().split("\n")), nl=False)
 
 
 def _text(value: object) -> str:
