@@ -216,6 +216,10 @@ _WITHOUT_KVM: Final = "see virt-host-validate; without KVM set virt_type = qemu 
 _HINTS: Final = {
     "'kvm'": _WITHOUT_KVM,  # of libvirt, in whichever language
     "KVM": _WITHOUT_KVM,  # of QEMU
+    "cannot set up guest memory": "the host has not so much memory left: use less in flavor.ram",
+    "no network with matching name": "'virsh net-list --all' shows the networks there are",
+    "is not valid: network '": "'virsh net-start NAME', and 'virsh net-autostart NAME' for good",
+    "Cannot get interface": "networks.bridge names a bridge of the host: 'ip link' shows them",
     "Unable to find any firmware": (
         "no file of /usr/share/qemu/firmware describes such a one for this type of machine"
     ),
