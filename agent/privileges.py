@@ -158,7 +158,7 @@ def refuse_root() -> None:
     """Raise `PrivilegesNotDropped` if any of the process's user ids is root's."""
     if 0 in os.getresuid():
         raise PrivilegesNotDropped(
-            "the agent does not run as root: start it with 'systemctl start bootwright', "
+            "the agent must not run as root: start it with 'systemctl start bootwright', "
             "or as its own user with 'setpriv --reuid=bootwright --regid=bootwright "
             "--init-groups --inh-caps=-all,+fowner --ambient-caps=-all,+fowner "
             "--bounding-set=-all,+fowner --no-new-privs bootwright agent'"

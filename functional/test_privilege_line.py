@@ -170,7 +170,7 @@ def test_root_is_refused(work: Path, libvirtd: PrivateLibvirtd) -> None:
     done = agent.run("agent")
 
     assert (done.returncode, done.stdout) == (1, "")
-    assert "does not run as root" in done.stderr
+    assert "must not run as root" in done.stderr
     assert "systemctl start bootwright" in done.stderr
     assert "Traceback" not in done.stderr
     assert not agent.socket.exists()

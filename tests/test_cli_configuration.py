@@ -58,7 +58,7 @@ def test_an_agent_that_cannot_start_says_so_in_a_sentence(tmp_path: Path) -> Non
     file.write_text("[images]\nsource = directory\n")
     result = alone("agent", "--config-file", str(file))
     assert result.exit_code == 1
-    assert "the agent ends: the agent does not run as root" in result.stderr
+    assert "the agent ends: the agent must not run as root" in result.stderr
 
 
 def test_the_socket_is_found_through_the_configuration(
