@@ -160,7 +160,8 @@ class JobReport(_Report):
     instance: InstanceReport | None = None
     image: ImageReport | None = None
     disks: tuple[DiskReport, ...] = ()
-    """In the order in which they are attached; kernel and ramdisk first."""
+    """In the order in which they are attached; kernel and ramdisk first. Of a boot that
+    failed, those it was to have: `cleanup` has removed what there was of them."""
     domain: DomainReport | None = None
     domain_xml: str | None = None
     """Only for action prepare, or when the domain was not to be defined."""
