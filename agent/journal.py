@@ -110,7 +110,12 @@ class Journal:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
             self._migrate(path)
-        except (sqlite3.Error, OSError) as e:
+        except OSError as e:
+            raise JournalUnusable(
+                f"the journal {path} cannot be opened: {e.strerror}; it and {path.parent} have to "
+                "belong to the agent's user"
+            ) from e
+        except sqlite3.Error as e:
             raise JournalUnusable(
                 f"the journal {path} cannot be used: {e}; another agent may be running on the "
                 "same state_path; otherwise move the file away (unfinished jobs in it are lost)"

@@ -72,7 +72,9 @@ class Recorder:
     def progress(self, progress: Progress) -> None:
         """Show how far it is; a phase that has not been recorded yet begins."""
         if progress.phase is not self._phase:
-            self._journal.record(*self._begin(progress.phase))
+            report, message = self._begin(progress.phase)
+            of = "" if progress.role is None else f" ({progress.role})"
+            self._journal.record(report, f"{message}{of}")
         self.note(progress=progress)
 
     def count(self, *, received: int, resumed: int) -> None:

@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +46,10 @@ def main(arguments: Sequence[str]) -> int:
     """Write the files, or with `--check` only look; return the exit status."""
     if arguments not in ([], ["--check"]):
         print("usage: python -m docs.generate [--check]", file=sys.stderr)
+        return 2
+    if not entry_points(group="oslo.config.opts", name="bootwright"):
+        # oslo.config would find no option, and the sample would be empty.
+        print("bootwright is not installed for this Python: pip install .", file=sys.stderr)
         return 2
     found = stale()
     for path in found:

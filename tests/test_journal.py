@@ -215,6 +215,11 @@ def test_what_is_no_journal_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == b"this is no database " * 100
 
 
+def test_journal_that_the_system_does_not_open_is_no_other_agents(tmp_path: Path) -> None:
+    with pytest.raises(JournalUnusable, match=r"cannot be opened: No such file.*agent's user"):
+        Journal(tmp_path / "nowhere/journal.db")
+
+
 def test_journal_of_a_newer_release_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "journal.db"
     connection = sqlite3.connect(path)

@@ -9,7 +9,7 @@ from agent.errors import ImageSourceUnavailable
 from agent.job import parse
 from agent.journal import Journal, digest_of
 from agent.recorder import Recorder
-from agent.report import JobReport, PhaseReport, Progress, Status, TaskState
+from agent.report import JobReport, PhaseReport, Progress, Role, Status, TaskState
 
 DOWNLOADING = TaskState.IMAGE_DOWNLOADING
 RESOLVING = TaskState.IMAGE_RESOLVING
@@ -123,6 +123,18 @@ def test_progress_begins_its_phase_once_and_is_never_journaled(
     assert len(journal.events(0)) == 2
     recorder.phase(TaskState.SPAWNING)
     assert recorder.report.progress is None
+
+
+def test_events_say_of_which_image_a_phase_is(journal: Journal, recorder: Recorder) -> None:
+    for role in (Role.KERNEL, Role.ROOT):
+        for phase in (DOWNLOADING, TaskState.IMAGE_VERIFYING):
+            recorder.progress(Progress(phase=phase, role=role))
+    assert [event.message for event in journal.events(0)][1:] == [
+        "image downloading (kernel)",
+        "image verifying (kernel)",
+        "image downloading (root)",
+        "image verifying (root)",
+    ]
 
 
 def test_error_names_the_phase_in_which_it_came(journal: Journal, recorder: Recorder) -> None:
