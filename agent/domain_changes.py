@@ -83,10 +83,12 @@ def _resize(domain: etree._Element, size: Size) -> None:
     """Give it that size; what does not depend on that stays, such as who placed its processors."""
     _drop(domain, ("memory", "currentMemory"))
     processors = child(domain, "vcpu")
+    # All of them shall be there from the start.
+    _drop(domain, ("vcpus",))
+    processors.attrib.pop("current", "")
     if processors.text == str(size.vcpus):
         return
-    _drop(domain, ("cpu/topology", "vcpus"))
-    processors.attrib.pop("current", "")
+    _drop(domain, ("cpu/topology",))
     processors.text = str(size.vcpus)
     if size.topology is not None:
         arrange(child(domain, "cpu"), size.topology)

@@ -122,6 +122,8 @@ class Hypervisor:
                 return connection.getDomainCapabilities(None, None, machine, self._virt_type)
             except libvirt.libvirtError as e:
                 if e.get_error_code() == libvirt.VIR_ERR_INVALID_ARG:
+                    # It has the same code for a host without KVM: then no machine is possible.
+                    connection.getDomainCapabilities(None, None, None, self._virt_type)
                     return HostOffers(machine=False, uefi=False, secure_boot=False, tpm=False)
                 if e.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
                     return HostOffers(uefi=True, secure_boot=True, tpm=True)

@@ -99,7 +99,7 @@ def _require_same_blanks(record: InstanceRecord, flavor: Flavor) -> None:
 def _grown(change: Change, record: InstanceRecord, flavor: Flavor, *, running: bool) -> Disk:
     root = record.root
     hypervisor = change.host.hypervisor
-    if running:
+    if running and not root.read_only:  # a drive may be empty, or have another medium
         # Somebody may have grown it with other tools, and QEMU would cut it.
         size = hypervisor.disk_size(change.uuid, str(root.device_name))
         root = replace(root, virtual_size=max(size, root.virtual_size))

@@ -8,8 +8,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import pytest
@@ -261,3 +262,33 @@ def test_many_threads_share_one_hypervisor(hypervisor: Hypervisor) -> None:
     for thread in threads:
         thread.join(30)
     assert {hypervisor.state(each) for each in uuids} == {"running"}
+
+
+class Capabilities:
+    """Answers as libvirt does, which has one code for two causes."""
+
+    def __init__(self, *, kvm: bool) -> None:
+        self._kvm = kvm
+
+    def getDomainCapabilities(self, *wanted: str | None) -> str:  # noqa: N802 - libvirt's
+        machine = wanted[2]
+        if not self._kvm or machine is not None:
+            error = libvirt.libvirtError("the accel 'kvm' is not supported, or the machine")
+            error.err = (libvirt.VIR_ERR_INVALID_ARG, 10, "the accel 'kvm'", 2, "", "", "", 0, 0)
+            raise error
+        return "<domainCapabilities/>"
+
+
+class Answering(Hypervisor):
+    def __init__(self, capabilities: Capabilities) -> None:
+        super().__init__("test:///default", virt_type="kvm")
+        self._capabilities = capabilities
+
+    def _work(self, _what: str, call: Callable[[Any], Any]) -> Any:
+        return call(self._capabilities)
+
+
+def test_host_without_kvm_is_not_taken_for_one_without_the_machine() -> None:
+    assert not Answering(Capabilities(kvm=True)).offers("pc-q35-99.0").machine
+    with pytest.raises(libvirt.libvirtError, match="accel"):
+        Answering(Capabilities(kvm=False)).offers("q35")

@@ -8,7 +8,7 @@ import pytest
 from lxml import etree
 
 from agent.cancellation import Cancellation
-from agent.errors import ImageUnacceptable, InvalidJob
+from agent.errors import HypervisorError, ImageUnacceptable, InvalidJob
 from agent.hypervisor import Hypervisor
 from agent.rebuild import rebuild
 from agent.report import Status
@@ -220,3 +220,38 @@ def test_another_medium_in_the_drive_of_the_config_drive_is_no_obstacle(site: Si
 
     sources = after.iterfind("devices/disk/source")
     assert [Path(source.get("file", "")).name for source in sources] == ["disk", "disk.config"]
+
+
+def test_processors_that_somebody_has_unplugged_are_back_after_a_resize(site: Site) -> None:
+    booted(site)
+    xml = site.hypervisor.xml(site.uuid)
+    changed = etree.fromstring(xml.encode())
+    for processors in changed.iterfind("vcpu"):
+        processors.set("current", "1")  # as by 'virsh setvcpus --config'
+    site.hypervisor.define(etree.tostring(changed, encoding="unicode"))
+    assert domain(site).xpath("vcpu/@current") == ["1"]
+
+    after = resized(site, vcpus=2)
+
+    assert (after.findtext("vcpu"), after.xpath("vcpu/@current")) == ("2", [])
+
+
+class Empty(Hypervisor):
+    """Of a drive without a medium libvirt tells no size."""
+
+    def disk_size(self, _uuid: str, device_name: str) -> int:
+        raise HypervisorError(f"disk '{device_name}' does not currently have a source assigned")
+
+
+def test_empty_drive_of_a_guest_that_runs_is_no_obstacle(site: Site) -> None:
+    site.run()
+    instances = site.host.instances
+    root = dataclasses.replace(record(site).root, read_only=True)
+    others = (root if disk.role is root.role else disk for disk in record(site).disks)
+    instances.write(dataclasses.replace(record(site), disks=tuple(others)))
+    hypervisor = Empty("test:///default", virt_type="test")
+    flavor = {"vcpus": 2, "ram": 64, "disk": 0}
+    request, recorder = accepted(site, "resize", flavor=flavor)
+    resize(dataclasses.replace(site.host, hypervisor=hypervisor), request, recorder, Cancellation())
+    hypervisor.close()
+    assert domain(site).findtext("vcpu") == "2"
